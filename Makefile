@@ -1,0 +1,61 @@
+# make lab    opens the course          make test   runs everything
+# Each builds .venv first, once. PYTHON=python3.12 make … picks another Python.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
+# JupyterLab refuses to run as root unless it is told to.
+LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test check benchmark notebooks export constraints clean
+
+help:
+	@echo "make lab          open JupyterLab at the first notebook"
+	@echo "make test         check the exports, run every notebook and the test suite"
+	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
+	@echo "make notebooks    run all notebooks in place, with their outputs, and clean them"
+	@echo "make export       write kvcache_lib/ from the notebooks"
+	@echo "make constraints  resolve the versions in constraints.txt anew"
+	@echo "make clean        remove .venv and what was built"
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 …" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab $(LAB_FLAGS) nbs/00_named_tensors.ipynb
+
+# The exports come first: a stale module would make everything after it puzzling.
+check: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_exports.py
+
+test: check
+	$(BIN)/nbdev_test
+	$(BIN)/python -m pytest -q
+
+benchmark: $(STAMP)
+	$(BIN)/kvcache-benchmark
+
+# No progress bars in what is committed: they hold times.
+notebooks: $(STAMP)
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.store_widget_state=False \
+	  --KernelManager.transport_encryption=auto $(NOTEBOOKS)
+	$(BIN)/nbdev_clean
+
+export: $(STAMP)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+constraints: $(STAMP)
+	$(BIN)/python -m pip install -q uv
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.10 \
+	  --no-header --no-annotate --extra dev setup.py | grep -v -E '^(nvidia-|cuda-|triton)'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
