@@ -52,16 +52,21 @@ class NamedTensor:
 
 # %% ../nbs/00_named_tensors.ipynb #cell-15
 def aligned(A: NamedTensor, B: NamedTensor):
-    """The axes of A and B together, and both tensors' data with those dimensions (1 where an axis is missing).
+    """`(names, a, b)`: the axes of A and B together, and their data with one dimension for each of them.
 
+    A dimension that only one of them has is of size 1 in the other.
     Raises ValueError if an axis that both have differs in size.
     """
     for axis in A.names:
         if axis in B.names and A.size(axis) != B.size(axis):
             raise ValueError(f"axis {axis!r} has size {A.size(axis)} in {A} but {B.size(axis)} in {B}")
     names = A.names + tuple(axis for axis in B.names if axis not in A.names)
-    return names, *(X.tensor(*(n for n in names if n in X.names))[tuple(
-        slice(None) if n in X.names else None for n in names)] for X in (A, B))
+    return names, _spread(A, names), _spread(B, names)
+
+
+def _spread(X, names):
+    data = X.tensor(*(n for n in names if n in X.names))
+    return data[tuple(slice(None) if n in X.names else None for n in names)]
 
 
 def add(A: NamedTensor, B: NamedTensor) -> NamedTensor:

@@ -28,7 +28,7 @@ DASHES = ("-", "--", "-.", ":")
 def figure(ncols=1, width=3.6, height=3.0, **kwargs):
     """A white figure with `ncols` axes side by side, each `width` × `height` inches: `(fig, list of axes)`."""
     fig, axs = plt.subplots(
-        1, ncols, figsize=(ncols * width, height), facecolor="white", layout="constrained", squeeze=False, **kwargs
+        1, ncols, figsize=(ncols * width, height), dpi=90, facecolor="white", layout="constrained", squeeze=False, **kwargs
     )
     return fig, list(axs[0])
 
@@ -74,7 +74,7 @@ def show_matrix(ax, values, *, row_axis, col_axis, rows=None, cols=None, title="
     ax.imshow(values.masked_fill(~values.isfinite(), math.nan), cmap=CMAP, vmin=low, vmax=high)
     for r, row in enumerate(values.tolist()):
         for c, x in enumerate(row):
-            dark = math.isfinite(x) and x < (low + high) / 2
+            dark = math.isfinite(x) and x <= (low + high) / 2
             text = fmt.format(x) if math.isfinite(x) else "−∞"
             ax.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     rows = rows or range(1, values.shape[0] + 1)
