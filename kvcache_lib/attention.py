@@ -21,11 +21,20 @@ def cache_length(kv_cache, B: int, C: int) -> int:
     if kv_cache is None:
         return 0
     if not isinstance(kv_cache, (list, tuple)) or not all(isinstance(t, Tensor) for t in kv_cache):
-        raise TypeError(f"expected a layer's cache to be None or a list [k, v] of tensors, got {type(kv_cache).__name__}")
+        raise TypeError(
+            f"expected a layer's cache to be None or a list [k, v] of tensors, got {type(kv_cache).__name__}"
+        )
     shapes = [tuple(t.shape) for t in kv_cache]
-    fits = len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 3 and shapes[0][::2] == (B, C)
+    fits = (
+        len(shapes) == 2
+        and shapes[0] == shapes[1]
+        and len(shapes[0]) == 3
+        and shapes[0][::2] == (B, C)
+    )
     if not fits:
-        raise ValueError(f"expected a layer's cache [k, v], both of shape ({B}, P, {C}), got shapes {shapes}")
+        raise ValueError(
+            f"expected a layer's cache [k, v], both of shape ({B}, P, {C}), got shapes {shapes}"
+        )
     return shapes[0][1]
 
 # %% ../nbs/02_attention.ipynb #cell-13
@@ -45,7 +54,9 @@ class CausalSelfAttention_kv(CausalSelfAttention):
         P = cache_length(kv_cache, B, C)
         S = P + T
         if T < 1 or S > self.bias.size(3):
-            raise ValueError(f"expected 1 ≤ T and P + T ≤ {self.bias.size(3)}, the block size, got P={P} and T={T}")
+            raise ValueError(
+                f"expected 1 ≤ T and P + T ≤ {self.bias.size(3)}, the block size, got P={P} and T={T}"
+            )
 
         q, k, v = self.project(x)
         if kv_cache is not None:

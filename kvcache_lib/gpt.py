@@ -21,12 +21,18 @@ def cached_tokens(kv_cache, n_layer: int, B: int, C: int) -> int:
     Raises TypeError or ValueError if it is something else, or if the layers hold different numbers of tokens.
     """
     if not isinstance(kv_cache, (list, tuple)):
-        raise TypeError(f"expected kv_cache to be a list of {n_layer} entries, one for each layer, got {type(kv_cache).__name__}")
+        raise TypeError(
+            f"expected kv_cache to be a list of {n_layer} entries, one for each layer, got {type(kv_cache).__name__}"
+        )
     if len(kv_cache) != n_layer:
-        raise ValueError(f"expected kv_cache to have {n_layer} entries, one for each layer, got {len(kv_cache)}")
+        raise ValueError(
+            f"expected kv_cache to have {n_layer} entries, one for each layer, got {len(kv_cache)}"
+        )
     lengths = [cache_length(layer, B, C) for layer in kv_cache]
     if len(set(lengths)) > 1:
-        raise ValueError(f"expected every layer's cache to hold the same number of tokens, got {lengths}")
+        raise ValueError(
+            f"expected every layer's cache to hold the same number of tokens, got {lengths}"
+        )
     return lengths[0]
 
 # %% ../nbs/04_gpt.ipynb #cell-10
@@ -35,7 +41,9 @@ class GPT_kv(GPT):
 
     block_class = Block_kv
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache=None, compute_first: bool = False):
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, kv_cache=None, compute_first: bool = False
+    ):
         """Encode the tokens of idx that the cache does not hold: `(logits, loss)`, or `(logits, loss, kv_cache)` with a cache.
 
         idx: (B, t), the whole sequence so far, t ≤ block_size.  targets: (B, t), −1 where no loss is wanted, or None.
@@ -50,7 +58,9 @@ class GPT_kv(GPT):
         layers = [None] * n_layer if kv_cache is None or compute_first else kv_cache
         P = cached_tokens(layers, n_layer, B, self.config.n_embd)
         if P >= t:
-            raise ValueError(f"expected idx to be the whole sequence so far, longer than the {P} cached tokens, got {t}")
+            raise ValueError(
+                f"expected idx to be the whole sequence so far, longer than the {P} cached tokens, got {t}"
+            )
 
         x = self.embed(idx[:, P:], start=P)
         new_cache = []
@@ -61,7 +71,9 @@ class GPT_kv(GPT):
         return (logits, loss) if kv_cache is None else (logits, loss, new_cache)
 
     @torch.no_grad()
-    def generate_kv(self, idx: Tensor, max_new_tokens: int, temperature=1.0, do_sample=False, top_k=None) -> Tensor:
+    def generate_kv(
+        self, idx: Tensor, max_new_tokens: int, temperature=1.0, do_sample=False, top_k=None
+    ) -> Tensor:
         """What `generate` returns, (B, t) → (B, t + max_new_tokens), with each token encoded once while the text fits the block.
 
         Past the block size, each step encodes the last block_size tokens afresh.
@@ -71,6 +83,8 @@ class GPT_kv(GPT):
         kv_cache = [None] * self.config.n_layer
         for _ in range(max_new_tokens):
             slid = idx.size(1) > self.block_size  # the window has moved, and with it every position
-            logits, _, kv_cache = self(idx[:, -self.block_size :], kv_cache=kv_cache, compute_first=slid)
+            logits, _, kv_cache = self(
+                idx[:, -self.block_size :], kv_cache=kv_cache, compute_first=slid
+            )
             idx = torch.cat([idx, next_token(logits[:, -1], temperature, do_sample, top_k)], dim=1)
         return idx

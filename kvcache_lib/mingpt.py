@@ -57,11 +57,15 @@ def resolved(config) -> GPTConfig:
     full = GPTConfig(**{name: getattr(config, name) for name in GPTConfig.__slots__})
     if full.model_type is not None:
         if full.model_type not in PRESETS:
-            raise ValueError(f"unknown model_type {full.model_type!r}, expected one of {', '.join(PRESETS)}")
+            raise ValueError(
+                f"unknown model_type {full.model_type!r}, expected one of {', '.join(PRESETS)}"
+            )
         for name, size in zip(("n_layer", "n_head", "n_embd"), PRESETS[full.model_type]):
             given = getattr(full, name)
             if given not in (None, size):
-                raise ValueError(f"model_type {full.model_type!r} has {name}={size}, but {name}={given} was given too")
+                raise ValueError(
+                    f"model_type {full.model_type!r} has {name}={size}, but {name}={given} was given too"
+                )
             setattr(full, name, size)
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
         size = getattr(full, name)
@@ -87,9 +91,13 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_head must divide n_embd, got n_head={config.n_head} and n_embd={config.n_embd}")
+            raise ValueError(
+                f"n_head must divide n_embd, got n_head={config.n_head} and n_embd={config.n_embd}"
+            )
         self.n_head, self.n_embd = config.n_head, config.n_embd
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one product
+        self.c_attn = nn.Linear(
+            config.n_embd, 3 * config.n_embd
+        )  # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.attn_dropout = nn.Dropout(config.attn_pdrop)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -102,7 +110,9 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         "q: (B, T, C).  k, v: (B, S, C).  mask: (1, 1, T, S), 0 where a token must not look.  Returns (B, T, C)."
-        q, k, v = (z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in (q, k, v))  # (B, nh, T or S, hs)
+        q, k, v = (
+            z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in (q, k, v)
+        )  # (B, nh, T or S, hs)
         att = q @ k.transpose(2, 3) / math.sqrt(k.size(3))  # (B, nh, T, S)
         att = att.masked_fill(mask == 0, -math.inf).softmax(dim=3)
         y = self.attn_dropout(att) @ v  # (B, nh, T, hs)
@@ -144,7 +154,9 @@ class Block(nn.Module):
         return x + self.mlpf(self.ln_2(x))
 
 # %% ../nbs/01_mingpt.ipynb #cell-24
-def next_token(logits: Tensor, temperature: float = 1.0, do_sample: bool = False, top_k: int | None = None) -> Tensor:
+def next_token(
+    logits: Tensor, temperature: float = 1.0, do_sample: bool = False, top_k: int | None = None
+) -> Tensor:
     "Choose a token from each row of logits, (B, vocab) → (B, 1): the likeliest, or one drawn with torch's generator."
     logits = logits / temperature
     if top_k is not None:
@@ -162,14 +174,20 @@ def check_tokens(idx: Tensor) -> None:
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"expected idx to hold whole numbers (torch.int64), got {idx.dtype}")
     if idx.ndim != 2 or 0 in idx.shape:
-        raise ValueError(f"expected idx of shape (B, t) with B ≥ 1 and t ≥ 1, got {tuple(idx.shape)}")
+        raise ValueError(
+            f"expected idx of shape (B, t) with B ≥ 1 and t ≥ 1, got {tuple(idx.shape)}"
+        )
 
 
-def check_generation(idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, vocab_size: int) -> None:
+def check_generation(
+    idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, vocab_size: int
+) -> None:
     "Raise TypeError or ValueError if `generate` cannot work with these arguments."
     check_tokens(idx)
     if idx.min() < 0 or idx.max() >= vocab_size:
-        raise ValueError(f"expected tokens from 0 to {vocab_size - 1}, got {idx.min().item()} to {idx.max().item()}")
+        raise ValueError(
+            f"expected tokens from 0 to {vocab_size - 1}, got {idx.min().item()} to {idx.max().item()}"
+        )
     for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1)):
         if name == "top_k" and value is None:
             continue
@@ -180,7 +198,9 @@ def check_generation(idx: Tensor, max_new_tokens: int, temperature: float, top_k
     if top_k is not None and top_k > vocab_size:
         raise ValueError(f"expected top_k ≤ {vocab_size}, the size of the vocabulary, got {top_k}")
     if not temperature > 0:
-        raise ValueError(f"expected temperature > 0, got {temperature} (for the likeliest token use do_sample=False)")
+        raise ValueError(
+            f"expected temperature > 0, got {temperature} (for the likeliest token use do_sample=False)"
+        )
 
 # %% ../nbs/01_mingpt.ipynb #cell-29
 class GPT(nn.Module):
@@ -230,9 +250,13 @@ class GPT(nn.Module):
         "Raise ValueError or TypeError unless `forward` can work with these tokens and targets."
         check_tokens(idx)
         if idx.size(1) > self.block_size:
-            raise ValueError(f"expected at most {self.block_size} tokens, the block size, got {idx.size(1)}")
+            raise ValueError(
+                f"expected at most {self.block_size} tokens, the block size, got {idx.size(1)}"
+            )
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"expected targets of idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
+            raise ValueError(
+                f"expected targets of idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}"
+            )
 
     def embed(self, idx: Tensor, start: int = 0) -> Tensor:
         "Tokens (B, T), of which the first stands at position `start` → (B, T, C)."
@@ -260,7 +284,9 @@ class GPT(nn.Module):
         return self.predict(x, targets)
 
     @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature=1.0, do_sample=False, top_k=None) -> Tensor:
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature=1.0, do_sample=False, top_k=None
+    ) -> Tensor:
         """Continue each row of idx by `max_new_tokens` tokens: (B, t) → (B, t + max_new_tokens).
 
         Call `model.eval()` first: dropout is left as it is. Past the block size only the last block_size
@@ -279,7 +305,10 @@ class GPT(nn.Module):
         """
         linear = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
         groups = [
-            {"params": [p for p in self.parameters() if p in linear], "weight_decay": train_config.weight_decay},
+            {
+                "params": [p for p in self.parameters() if p in linear],
+                "weight_decay": train_config.weight_decay,
+            },
             {"params": [p for p in self.parameters() if p not in linear], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas)
@@ -323,7 +352,9 @@ class Trainer:
 
     def __init__(self, config, model, train_dataset):
         if config.max_iters is not None and config.max_iters < 1:
-            raise ValueError(f"expected max_iters ≥ 1, or None to go on until interrupted, got {config.max_iters}")
+            raise ValueError(
+                f"expected max_iters ≥ 1, or None to go on until interrupted, got {config.max_iters}"
+            )
         self.config = config
         self.device = best_device() if config.device == "auto" else config.device
         self.model = model.to(self.device)
@@ -352,9 +383,15 @@ class Trainer:
         "Batches `(x, y)` on the device, with a progress bar."
         c = self.config
         count = 10**9 if c.max_iters is None else c.max_iters
-        sampler = RandomSampler(self.train_dataset, replacement=True, num_samples=count * c.batch_size)
+        sampler = RandomSampler(
+            self.train_dataset, replacement=True, num_samples=count * c.batch_size
+        )
         loader = DataLoader(
-            self.train_dataset, c.batch_size, sampler=sampler, num_workers=c.num_workers, pin_memory=self.device == "cuda"
+            self.train_dataset,
+            c.batch_size,
+            sampler=sampler,
+            num_workers=c.num_workers,
+            pin_memory=self.device == "cuda",
         )
         with progress_bar(loader, total=c.max_iters, unit="it", desc="training") as bar:
             for batch in bar:

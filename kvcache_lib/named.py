@@ -23,7 +23,9 @@ class NamedTensor:
 
     def __init__(self, data: Tensor, *names: str):
         if data.ndim != len(names) or len(set(names)) != len(names):
-            raise ValueError(f"expected {data.ndim} different axis names for shape {tuple(data.shape)}, got {names}")
+            raise ValueError(
+                f"expected {data.ndim} different axis names for shape {tuple(data.shape)}, got {names}"
+            )
         self.data, self.names = data, names
 
     @property
@@ -59,7 +61,9 @@ def aligned(A: NamedTensor, B: NamedTensor):
     """
     for axis in A.names:
         if axis in B.names and A.size(axis) != B.size(axis):
-            raise ValueError(f"axis {axis!r} has size {A.size(axis)} in {A} but {B.size(axis)} in {B}")
+            raise ValueError(
+                f"axis {axis!r} has size {A.size(axis)} in {A} but {B.size(axis)} in {B}"
+            )
     names = A.names + tuple(axis for axis in B.names if axis not in A.names)
     return names, _spread(A, names), _spread(B, names)
 
@@ -104,7 +108,9 @@ def scale(X: NamedTensor, factor: float) -> NamedTensor:
     return NamedTensor(X.data * factor, *X.names)
 
 # %% ../nbs/00_named_tensors.ipynb #cell-24
-def attention(Q: NamedTensor, K: NamedTensor, V: NamedTensor, M: NamedTensor | None = None) -> NamedTensor:
+def attention(
+    Q: NamedTensor, K: NamedTensor, V: NamedTensor, M: NamedTensor | None = None
+) -> NamedTensor:
     """softmax_seq(Q ⊙_key K / √|key| + M) ⊙_seq V
 
     Q: {key, …}.  K: {seq, key, …}.  V: {seq, val, …}.  M: an additive mask, {seq, …}, or None.
@@ -134,8 +140,9 @@ def causal_mask(seq: int, seq_prime: int, **like) -> NamedTensor:
     if not 1 <= seq_prime <= seq:
         raise ValueError(f"expected 1 ≤ seq′ ≤ seq, got seq′={seq_prime} and seq={seq}")
     P = seq - seq_prime
-    i, j = torch.arange(1, seq + 1), torch.arange(1, seq_prime + 1)
-    M = torch.zeros(seq, seq_prime, **like).masked_fill((i[:, None] > P + j).to(like.get("device")), -math.inf)
+    M = torch.zeros(seq, seq_prime, **like)
+    i, j = (torch.arange(1, size + 1, device=M.device) for size in (seq, seq_prime))
+    M = M.masked_fill(i[:, None] > P + j, -math.inf)
     return NamedTensor(M, "seq", "seq′")
 
 # %% ../nbs/00_named_tensors.ipynb #cell-44
@@ -168,7 +175,8 @@ class LayerCost:
 def layer_cost(seq: int, seq_prime: int, emb: int, heads: int, itemsize: int = 4) -> LayerCost:
     """The cost of encoding `seq_prime` new tokens of a text of `seq` tokens in one GPT-2 layer.
 
-    Without a cache seq_prime = seq; with one it is the number of new tokens. itemsize: bytes a number takes.
+    Without a cache seq_prime = seq; with one it is the number of new tokens.
+    itemsize: the bytes that a number takes.
     Counted are the matrix products, each input read once and each output written once;
     biases, norms, the softmax and the copying of the cache are left out.
     """

@@ -28,7 +28,14 @@ DASHES = ("-", "--", "-.", ":")
 def figure(ncols=1, width=3.6, height=3.0, **kwargs):
     """A white figure with `ncols` axes side by side, each `width` × `height` inches: `(fig, list of axes)`."""
     fig, axs = plt.subplots(
-        1, ncols, figsize=(ncols * width, height), dpi=90, facecolor="white", layout="constrained", squeeze=False, **kwargs
+        1,
+        ncols,
+        figsize=(ncols * width, height),
+        dpi=90,
+        facecolor="white",
+        layout="constrained",
+        squeeze=False,
+        **kwargs,
     )
     return fig, list(axs[0])
 
@@ -42,7 +49,17 @@ def show_states(ax, states, *, rows, cols, row_axis, col_axis, title="", texts=N
     for r, row in enumerate(states):
         for c, state in enumerate(row):
             face, hatch, ink = STYLES[state]
-            ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, facecolor=face, hatch=hatch, edgecolor="#888888", lw=0.6))
+            ax.add_patch(
+                Rectangle(
+                    (c - 0.5, r - 0.5),
+                    1,
+                    1,
+                    facecolor=face,
+                    hatch=hatch,
+                    edgecolor="#888888",
+                    lw=0.6,
+                )
+            )
             if texts is not None:
                 ax.text(c, r, texts[r][c], ha="center", va="center", color=ink, fontsize=8)
     ax.set(xlim=(-0.5, len(cols) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal", title=title)
@@ -58,11 +75,18 @@ def _label_axes(ax, rows, cols, row_axis, col_axis):
 # %% ../nbs/tools/plots.ipynb #cell-8
 def state_legend(ax, **labels):
     """A legend under `ax` for `show_states`: `state_legend(ax, new="computed", read="from the cache")`."""
-    handles = [Patch(facecolor=STYLES[s][0], hatch=STYLES[s][1], edgecolor="#888888", label=t) for s, t in labels.items()]
-    ax.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    handles = [
+        Patch(facecolor=STYLES[s][0], hatch=STYLES[s][1], edgecolor="#888888", label=t)
+        for s, t in labels.items()
+    ]
+    ax.figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
+    )
 
 # %% ../nbs/tools/plots.ipynb #cell-11
-def show_matrix(ax, values, *, row_axis, col_axis, rows=None, cols=None, title="", fmt="{:.2f}", limits=None):
+def show_matrix(
+    ax, values, *, row_axis, col_axis, rows=None, cols=None, title="", fmt="{:.2f}", limits=None
+):
     """Draw a small matrix as a heat map with its numbers written in.
 
     values: a 2-D tensor, rows × columns.  rows, cols: labels; positions from 1 if left out.
@@ -76,7 +100,9 @@ def show_matrix(ax, values, *, row_axis, col_axis, rows=None, cols=None, title="
         for c, x in enumerate(row):
             dark = math.isfinite(x) and x <= (low + high) / 2
             text = fmt.format(x) if math.isfinite(x) else "−∞"
-            ax.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+            ax.text(
+                c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black"
+            )
     rows = rows or range(1, values.shape[0] + 1)
     cols = cols or range(1, values.shape[1] + 1)
     ax.set_title(title)

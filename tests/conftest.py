@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from kvcache_lib.gpt import GPT_kv
+from kvcache_lib.mingpt import GPT, GPTConfig
+
+
+def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=0):
+    """A GPT_kv and a GPT with the same weights, float64, eval.
+
+    The weights are large, and no bias or norm is trivial: otherwise a wrong mask or position hides in the rounding.
+    """
+    config = GPTConfig(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size, block_size=block_size
+    )
+    generator = torch.Generator().manual_seed(seed)
+    cached, plain = GPT_kv(config).eval().double(), GPT(config).eval().double()
+    with torch.no_grad():
+        for p in cached.parameters():
+            p.add_(0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    plain.load_state_dict(cached.state_dict())
+    return cached, plain
+
+
+@pytest.fixture(scope="session")
+def pair():
+    return make_pair()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
