@@ -33,6 +33,8 @@ lab: $(STAMP)
 check: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_exports.py
 
+# One thread a process: two processes with two threads each would wait for each other on two cores.
+test: export OMP_NUM_THREADS = 1
 test: check
 	$(BIN)/nbdev_test
 	$(BIN)/python -m pytest -q

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache_lib.block import Block_kv
+from kvcache_lib.mingpt import best_device
 
 
 def both(pair, prompt, tokens, **options):
@@ -35,6 +36,16 @@ def test_generate_kv_writes_what_generate_writes(B, t, tokens, temperature, top_
     got, want = both(pair, prompt, tokens, temperature=temperature, top_k=top_k, do_sample=do_sample)
     assert torch.equal(got, want)
     assert got.shape == (B, t + tokens) and torch.equal(got[:, :t], before) and torch.equal(prompt, before)
+
+
+@pytest.mark.skipif(best_device() == "cpu", reason="no CUDA or Apple GPU")
+def test_on_an_accelerator():
+    device = best_device()
+    cached, plain = (model.float().to(device) for model in make_pair())
+    prompt = torch.randint(11, (2, 5), device=device)
+    for options in ({}, {"do_sample": True, "top_k": 5}):
+        got, want = both((cached, plain), prompt, 20, **options)
+        assert got.device.type == device and torch.equal(got, want)
 
 
 def test_the_settings_matter(pair):
