@@ -1,0 +1,185 @@
+"""The checks reject every wrong solution with the right diagnosis, and accept every right one."""
+
+import pickle
+import random
+import sys
+
+import numpy
+import pytest
+import torch
+from right_solutions import ATTENTIONS, BLOCKS, MODELS
+
+from kvcache_lib.attention import CausalSelfAttention_kv
+from kvcache_lib.block import Block_kv
+from kvcache_lib.checks import CheckFailed, check_attention, check_block, check_generate, check_gpt, who_sees_whom
+from kvcache_lib.gpt import GPT_kv
+from kvcache_lib.mingpt import GPT, Block, CausalSelfAttention
+from kvcache_lib.mistakes import ATTENTION, BLOCK, CHECKS, MISTAKES, MODEL, WRITTEN_OUT, diagnosis, written
+
+RIGHT = [(check_attention, c) for c in (CausalSelfAttention_kv, *ATTENTIONS, written(ATTENTION), written(WRITTEN_OUT))]
+RIGHT += [(check_block, c) for c in (Block_kv, *BLOCKS, written(BLOCK))]
+RIGHT += [(check, c) for c in (GPT_kv, *MODELS, written(MODEL)) for check in (check_gpt, check_generate)]
+
+
+def test_there_are_enough():
+    assert len(MISTAKES) >= 50
+    assert len({(m.exercise, m.name) for m in MISTAKES}) == len(MISTAKES)
+    assert {m.exercise for m in MISTAKES} == set(CHECKS)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m.exercise}: {m.name}")
+def test_wrong_is_rejected_and_named(mistake):
+    found = diagnosis(mistake)
+    assert found is not None, "nothing was found"
+    assert mistake.phrase in found.mistake
+    assert str(found).startswith(found.mistake)
+
+
+@pytest.mark.parametrize("check, cls", RIGHT, ids=lambda z: z.__name__)
+def test_right_is_accepted(check, cls):
+    report = check(cls)
+    text, table = str(report), report._repr_html_()
+    assert report.title in text and report.title in table
+    assert text.count("✓") == table.count("✓") == len(report.rows) >= 7
+    assert all(name and tried for name, tried in report.rows)
+
+
+def test_reference_needs_no_notes():
+    for check, cls in ((check_attention, CausalSelfAttention_kv), (check_block, Block_kv), (check_gpt, GPT_kv), (check_generate, GPT_kv)):
+        assert check(cls).notes == []
+
+
+@pytest.mark.parametrize(
+    "check, cls, words",
+    [
+        (check_attention, ATTENTIONS[0], "block_size tokens should be a ValueError"),
+        (check_attention, ATTENTIONS[2], "dropout to the attention weights"),
+        (check_generate, MODELS[3], "one token more is encoded than is needed"),
+        (check_gpt, MODELS[0], "a cache that holds all of idx"),
+    ],
+)
+def test_notes_say_what_could_be_better(check, cls, words):
+    report = check(cls)
+    assert any(words in note for note in report.notes), report.notes
+    assert words in str(report) and words in report._repr_html_()
+
+
+def stub(base, method, text):
+    def forward(self, *args, **kwargs):
+        raise NotImplementedError(text)
+
+    return type(base.__name__ + "_kv", (base,), {method: forward})
+
+
+def test_stubs_say_so():
+    attention = stub(CausalSelfAttention, "forward", "Exercise 1: write CausalSelfAttention_kv.forward")
+    block = stub(Block, "forward", "Exercise 2: write Block_kv.forward")
+    model = stub(GPT, "forward", "Exercise 3: write GPT_kv.forward")
+    generate = stub(written(MODEL), "generate_kv", "Exercise 3: write GPT_kv.generate_kv")
+    model.generate_kv = written(MODEL).generate_kv
+    block.attention_class, model.block_class = attention, block
+    on_stub = type("Block_kv", (Block,), {"attention_class": attention, "forward": Block_kv.forward})
+    model_on_stub = type("GPT_kv", (written(MODEL),), {"block_class": on_stub})
+    for check, cls, number, todo in (
+        (check_attention, attention, 1, "CausalSelfAttention_kv.forward"),
+        (check_block, block, 2, "Block_kv.forward"),
+        (check_block, on_stub, 1, "CausalSelfAttention_kv.forward"),
+        (check_gpt, model, 3, "GPT_kv.forward"),
+        (check_gpt, model_on_stub, 1, "CausalSelfAttention_kv.forward"),
+        (check_generate, generate, 3, "GPT_kv.generate_kv"),
+        (check_generate, model, 3, "GPT_kv.forward"),
+        (check_generate, model_on_stub, 1, "CausalSelfAttention_kv.forward"),
+        (check_attention, type("CausalSelfAttention_kv", (CausalSelfAttention,), {}), 1, "forward"),
+        (check_generate, type("GPT_kv", (GPT,), {}), 3, "generate_kv"),
+    ):
+        with pytest.raises(CheckFailed) as e:
+            check(cls)
+        assert str(e.value).startswith(f"Exercise {number} is not written yet") and todo in str(e.value)
+        assert "What failed" not in str(e.value)
+
+
+def test_a_mistake_below_is_named_below():
+    wrong = written(next(m for m in MISTAKES if m.name == "the mask is not shifted").source())
+    block = type("Block_kv", (Block,), {"attention_class": wrong, "forward": Block_kv.forward})
+    model = type("GPT_kv", (written(MODEL),), {"block_class": block})
+    for check, cls in ((check_block, block), (check_gpt, model), (check_generate, model)):
+        with pytest.raises(CheckFailed, match="The mistake is in .*: the mask is not shifted"):
+            check(cls)
+
+
+def test_exception_keeps_its_traceback():
+    def forward(self, x, kv_cache=None):
+        return self.no_such_method(x)
+
+    with pytest.raises(CheckFailed, match="no_such_method") as e:
+        check_attention(type("CausalSelfAttention_kv", (CausalSelfAttention,), {"forward": forward}))
+    cause = e.value.__cause__
+    assert isinstance(cause, AttributeError)
+    names, frame = [], cause.__traceback__
+    while frame:
+        names.append(frame.tb_frame.f_code.co_name)
+        frame = frame.tb_next
+    assert "forward" in names
+    shown = "\n".join(e.value._render_traceback_())
+    assert "no_such_method" in shown and "in forward" in shown and "kvcache_lib/checks.py" not in shown
+
+
+def test_failure_survives_a_pickle():
+    found = diagnosis(MISTAKES[0])
+    again = pickle.loads(pickle.dumps(found))
+    assert str(again) == str(found) and again.failed == found.failed
+
+
+def state():
+    r = random.getstate()
+    return torch.get_rng_state().tolist(), r, numpy.random.get_state()[1].tolist(), torch.get_default_dtype(), torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_global_state_is_neither_used_nor_changed(dtype):
+    assert "numpy" in sys.modules
+    seeds = next(m for m in MISTAKES if m.name == "the seed is set anew")
+    default = torch.get_default_dtype()
+    texts = set()
+    try:
+        torch.set_default_dtype(dtype)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            with torch.no_grad():
+                before = state()
+                texts.add(str(check_attention(CausalSelfAttention_kv)) + str(check_generate(GPT_kv)))
+                texts.add(str(diagnosis(seeds)))
+                assert state() == before
+    finally:
+        torch.set_default_dtype(default)
+    assert len(texts) == 2
+
+
+def test_order_does_not_matter():
+    some = [m for m in MISTAKES if m.name in ("the cache is a default argument", "ln_1 forgotten", "one cache for all layers", "no scaling")]
+    one_way = {m: str(diagnosis(m)) for m in some}
+    check_gpt(GPT_kv)
+    other_way = {m: str(diagnosis(m)) for m in reversed(some)}
+    assert len(some) == 4 and one_way == other_way
+
+
+@pytest.mark.parametrize("check", CHECKS.values())
+@pytest.mark.parametrize("given", [None, "GPT_kv", 3, int])
+def test_not_a_class(check, given):
+    with pytest.raises(TypeError, match="expected your class itself"):
+        check(given)
+
+
+def test_who_sees_whom():
+    right = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    assert torch.equal(who_sees_whom(CausalSelfAttention_kv, P=2, T=2), right)
+    for cls in ATTENTIONS:
+        assert torch.equal(who_sees_whom(cls, P=2, T=2), right)
+    for name, wrong in (
+        ("the mask is not shifted", [[1, 0, 0, 0], [1, 1, 0, 0]]),
+        ("the mask is skipped as soon as there is a cache", [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        ("attention over the new tokens only, the cache is just kept", [[0, 0, 1, 0], [0, 0, 1, 1]]),
+    ):
+        cls = written(next(m for m in MISTAKES if m.name == name).source())
+        assert torch.equal(who_sees_whom(cls, P=2, T=2), torch.tensor(wrong, dtype=torch.bool))
