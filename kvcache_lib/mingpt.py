@@ -204,7 +204,7 @@ def check_generation(
 
 # %% ../nbs/01_mingpt.ipynb #cell-29
 class GPT(nn.Module):
-    """A decoder-only transformer with learned positions, as GPT-2.
+    """A decoder-only transformer with learned positions, as in GPT-2.
 
     config: see GPTConfig; it is not changed. `self.config` is a complete copy.
     """

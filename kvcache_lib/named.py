@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_named_tensors.ipynb #cell-10
+# %% ../nbs/00_named_tensors.ipynb #cell-11
 class NamedTensor:
     """A tensor whose axes go by name; their order carries no meaning.
 
@@ -52,7 +52,7 @@ class NamedTensor:
     def __repr__(self):
         return f"NamedTensor({', '.join(f'{axis}={size}' for axis, size in self.shape.items())})"
 
-# %% ../nbs/00_named_tensors.ipynb #cell-15
+# %% ../nbs/00_named_tensors.ipynb #cell-16
 def aligned(A: NamedTensor, B: NamedTensor):
     """`(names, a, b)`: the axes of A and B together, and their data with one dimension for each of them.
 
@@ -78,7 +78,7 @@ def add(A: NamedTensor, B: NamedTensor) -> NamedTensor:
     names, a, b = aligned(A, B)
     return NamedTensor(a + b, *names)
 
-# %% ../nbs/00_named_tensors.ipynb #cell-18
+# %% ../nbs/00_named_tensors.ipynb #cell-19
 def dot(A: NamedTensor, B: NamedTensor, *axes: str) -> NamedTensor:
     """A ⊙ B over `axes`: multiply element by element, then sum over the axes named.
 
@@ -91,7 +91,7 @@ def dot(A: NamedTensor, B: NamedTensor, *axes: str) -> NamedTensor:
     left = [axis for axis in names if axis not in axes]
     return NamedTensor(product.data.sum([product.dim(axis) for axis in axes]), *left)
 
-# %% ../nbs/00_named_tensors.ipynb #cell-21
+# %% ../nbs/00_named_tensors.ipynb #cell-22
 def softmax(X: NamedTensor, axis: str) -> NamedTensor:
     "exp X, divided by its sum along `axis`."
     return NamedTensor(X.data.softmax(X.dim(axis)), *X.names)
@@ -107,7 +107,7 @@ def scale(X: NamedTensor, factor: float) -> NamedTensor:
     "factor · X"
     return NamedTensor(X.data * factor, *X.names)
 
-# %% ../nbs/00_named_tensors.ipynb #cell-24
+# %% ../nbs/00_named_tensors.ipynb #cell-25
 def attention(
     Q: NamedTensor, K: NamedTensor, V: NamedTensor, M: NamedTensor | None = None
 ) -> NamedTensor:
@@ -121,7 +121,7 @@ def attention(
         scores = add(scores, M)
     return dot(softmax(scores, "seq"), V, "seq")
 
-# %% ../nbs/00_named_tensors.ipynb #cell-32
+# %% ../nbs/00_named_tensors.ipynb #cell-33
 def take(X: NamedTensor, axis: str, start: int, stop: int) -> NamedTensor:
     "X(start : stop) along `axis`: the positions start+1, …, stop."
     return NamedTensor(X.data.narrow(X.dim(axis), start, stop - start), *X.names)
@@ -131,7 +131,7 @@ def cat(A: NamedTensor, B: NamedTensor, axis: str) -> NamedTensor:
     "A, then B, along `axis`. They must agree in every other axis."
     return NamedTensor(torch.cat([A.data, B.tensor(*A.names)], dim=A.dim(axis)), *A.names)
 
-# %% ../nbs/00_named_tensors.ipynb #cell-39
+# %% ../nbs/00_named_tensors.ipynb #cell-40
 def causal_mask(seq: int, seq_prime: int, **like) -> NamedTensor:
     """M over {seq, seq′}: 0 where i ≤ P + j, else −∞, with P = seq − seq_prime cached tokens.
 
@@ -145,7 +145,7 @@ def causal_mask(seq: int, seq_prime: int, **like) -> NamedTensor:
     M = M.masked_fill(i[:, None] > P + j, -math.inf)
     return NamedTensor(M, "seq", "seq′")
 
-# %% ../nbs/00_named_tensors.ipynb #cell-44
+# %% ../nbs/00_named_tensors.ipynb #cell-45
 def self_attention(X, W_Q, W_K, W_V, W_O, cache=None):
     """Causal self-attention of the new tokens X over the cached ones and themselves: `(Y, cache)`.
 
@@ -159,9 +159,9 @@ def self_attention(X, W_Q, W_K, W_V, W_O, cache=None):
         K, V = cat(cache[0], K, "seq"), cat(cache[1], V, "seq")
     M = causal_mask(K.size("seq"), Q.size("seq′"), dtype=X.data.dtype, device=X.data.device)
     Y = dot(attention(Q, K, V, M), W_O, "heads", "val")
-    return rename(Y, "seq′", "seq"), (K, V)
+    return rename(Y, "seq′", "seq"), (K, V)  # the rows are the next layer's tokens
 
-# %% ../nbs/00_named_tensors.ipynb #cell-56
+# %% ../nbs/00_named_tensors.ipynb #cell-57
 @dataclass(frozen=True)
 class LayerCost:
     "What one layer costs for one step: multiply-adds, and bytes read and written."
