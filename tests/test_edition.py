@@ -1,0 +1,362 @@
+"""The learner's edition: what is in it, what is not, how it is worked with."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kvcache_lib
+from kvcache_lib.edition import (
+    EXERCISES, NOTEBOOKS, PACKAGE, TAKEN, NotExported, check_exports, class_cell, course_notebook, export, exported_source,
+    find_class, for_learner, main, make_edition, read_notebook, solve, write_notebook,
+)
+
+ROOT = Path(__file__).parents[1]
+BY_NUMBER = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.notebook)
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory):
+    "An edition as it is made. Not to be changed."
+    return make_edition(tmp_path_factory.mktemp("edition") / "exercises")
+
+
+@pytest.fixture
+def edition(blank, tmp_path):
+    "An edition to work in."
+    return Path(shutil.copytree(blank, tmp_path / "exercises"))
+
+
+def run(*command, cwd):
+    "Run a Python command in a folder, with this kvcache_lib."
+    env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def nbdev_test(folder, *stems):
+    "`(stderr, stems that failed)` of nbdev_test, on some of the notebooks."
+    code = "from nbdev.test import nbdev_test; nbdev_test(file_re=__import__('sys').argv[1], n_workers=2)"
+    ran = run("-c", code, "|".join(stems), cwd=folder)
+    failed = ran.stderr.rpartition("Tests Failed On The Following Notebooks:")[2] if ran.returncode else ""
+    return ran.stderr, [stem for stem in stems if stem in failed]
+
+
+def sources(nb):
+    return [cell["source"] for cell in nb["cells"]]
+
+
+def solution(exercise):
+    nb = course_notebook(exercise.notebook)
+    return nb["cells"][class_cell(nb, exercise)]["source"]
+
+
+def write(folder, exercise, source):
+    "Put `source` into the cell of an exercise."
+    path = folder / f"{exercise.notebook}.ipynb"
+    nb = read_notebook(path)
+    nb["cells"][class_cell(nb, exercise)]["source"] = source
+    write_notebook(path, nb)
+
+
+def shorten(folder):
+    "Leave in the exercise notebooks only the code that is exported, checked or locked: the demonstrations take their time."
+    for exercise in EXERCISES:
+        path = folder / f"{exercise.notebook}.ipynb"
+        nb = read_notebook(path)
+        kept = [cell for cell in nb["cells"] if cell["source"].startswith("#|") or "nbgrader" in cell["metadata"]]
+        write_notebook(path, nb | {"cells": kept})
+
+
+def body_lines(exercise):
+    "The lines of the solution's code: no signatures, no docstrings."
+    source = solution(exercise)
+    for node in find_class(source, exercise.cls).body:
+        if getattr(node, "name", None) in exercise.checks:
+            for line in source.split("\n")[node.body[1].lineno - 1 : node.end_lineno]:
+                yield line.strip()
+
+
+# --- what is in it
+
+
+def test_it_is_a_project_with_all_notebooks(blank):
+    assert sorted(p.stem for p in blank.glob("*.ipynb")) == sorted(NOTEBOOKS)
+    assert {p.name for p in (blank / PACKAGE).iterdir()} == {"__init__.py", "attention.py", "block.py", "gpt.py"}
+    settings = (blank / "settings.ini").read_text()
+    assert f"made_by = kvcache_lib {kvcache_lib.__version__}" in settings and f"lib_name = {PACKAGE}" in settings
+    for exercise in EXERCISES:
+        assert f"#| default_exp {exercise.module}" in sources(course_notebook(exercise.notebook))
+        assert f"{exercise.notebook}.ipynb" in (blank / "README.md").read_text()
+
+
+@BY_NUMBER
+def test_signature_and_docstring_stay_and_the_body_is_blank(blank, exercise):
+    theirs = find_class((blank / PACKAGE / f"{exercise.module}.py").read_text(), exercise.cls)
+    ours = find_class(solution(exercise), exercise.cls)
+    assert [ast.dump(a) for a in theirs.bases] == [ast.dump(a) for a in ours.bases]
+    for a, b in zip(theirs.body, ours.body, strict=True):
+        if isinstance(b, ast.FunctionDef):
+            assert (ast.dump(a.args), [ast.dump(d) for d in a.decorator_list]) == (ast.dump(b.args), [ast.dump(d) for d in b.decorator_list])
+            assert ast.get_docstring(a) == ast.get_docstring(b)
+            assert [ast.unparse(node) for node in a.body[1:]] == [
+                f"raise NotImplementedError('Exercise {exercise.number}: write {exercise.cls}.{a.name}')"
+            ]
+        else:
+            assert ast.dump(a) == ast.dump(b)
+
+
+@BY_NUMBER
+def test_no_line_of_a_solution_is_in_it(blank, exercise):
+    given = "\n".join(p.read_text() for p in blank.rglob("*") if p.is_file())
+    given = given.replace('\\"', '"')
+    baseline = "\n".join(sources(course_notebook("01_mingpt")))  # a line that the solution shares with it gives nothing away
+    lines = [line for line in body_lines(exercise) if line not in baseline]
+    assert len(lines) >= 3
+    assert [line for line in lines if line in given] == []
+
+
+@BY_NUMBER
+def test_outputs_are_cleared_from_the_exercise_on(blank, exercise):
+    nb = read_notebook(blank / f"{exercise.notebook}.ipynb")
+    at = class_cell(nb, exercise)
+    code = [[cell for cell in cells if cell["cell_type"] == "code"] for cells in (nb["cells"][:at], nb["cells"][at:])]
+    assert any(cell["outputs"] for cell in code[0])
+    assert len(code[1]) > 3 and not any(cell["outputs"] or cell["execution_count"] for cell in code[1])
+
+
+def test_later_notebooks_hold_no_outputs_and_use_the_learners_code(blank):
+    for stem in ("05_sort", "06_benchmark"):
+        nb = read_notebook(blank / f"{stem}.ipynb")
+        assert not any(cell.get("outputs") for cell in nb["cells"])
+        assert f"from {PACKAGE}.gpt import GPT_kv" in "\n".join(sources(nb))
+        assert 'check_exports("attention", "block", "gpt")' in "\n".join(sources(nb))
+
+
+def test_nothing_imports_the_solutions(blank):
+    solved = {f"kvcache_lib.{exercise.module}" for exercise in EXERCISES}
+    for path in blank.glob("*.ipynb"):
+        for source in sources(read_notebook(path)):
+            assert not [name for name in solved if re.search(rf"{name}\b", source)], (path.name, source)
+            assert not re.search(r"from kvcache_lib import .*\b(attention|block|gpt)\b", source), (path.name, source)
+
+
+def test_links_lead_somewhere(blank):
+    for path in blank.glob("*.ipynb"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", "\n".join(sources(read_notebook(path)))):
+            assert (blank / target).exists(), (path.name, target)
+    assert for_learner("[02 · One](02_attention.ipynb#Try-it), [99](99_more.ipynb#x)") == "[02 · One](02_attention.ipynb#Try-it), 99"
+
+
+def test_the_package_does_not_shadow_the_installed_one(blank):
+    ran = run("-c", f"import {PACKAGE}.gpt, kvcache_lib; print({PACKAGE}.__file__); print(kvcache_lib.__file__)", cwd=blank)
+    mine, installed = ran.stdout.split()
+    assert Path(mine).parent == blank / PACKAGE and Path(installed).parent == Path(kvcache_lib.__file__).parent
+
+
+def test_course_is_left_alone_and_has_no_markers():
+    for exercise in EXERCISES:
+        module = (ROOT / "kvcache_lib" / f"{exercise.module}.py").read_text()
+        assert not re.search(r"SOLUTION|NotImplementedError|nbgrader", module)
+
+
+# --- never overwritten
+
+
+def test_an_existing_folder_is_refused_and_left_as_it_was(edition, capsys):
+    (edition / "settings.ini").write_text((edition / "settings.ini").read_text().replace("made_by = kvcache_lib", "made_by = kvcache_lib 0.0.1 not"))
+    before = {p: p.read_bytes() for p in edition.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        main([str(edition)])
+    assert str(edition) in str(stopped.value) and "kvcache_lib 0.0.1" in str(stopped.value)
+    assert {p: p.read_bytes() for p in edition.rglob("*") if p.is_file()} == before
+    beside = re.search(r"kvcache-exercises (\S+)$", str(stopped.value))[1]
+    main([beside])
+    assert (Path(beside) / "02_attention.ipynb").exists() and beside in capsys.readouterr().out
+
+
+def test_a_file_is_refused_and_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes exists already"):
+        make_edition(tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    make_edition(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="not an edition"):
+        solve(1, tmp_path)
+
+
+# --- working in it
+
+
+def test_nbdev_test_stops_at_the_first_exercise_that_is_not_solved(edition):
+    shorten(edition)
+    stems = [exercise.notebook for exercise in EXERCISES]
+    said, failed = nbdev_test(edition, *stems)
+    assert failed == stems and "Exercise 1" in said
+
+    solve(1, edition)
+    said, failed = nbdev_test(edition, *stems[:2])
+    assert failed == stems[1:2] and "Exercise 2" in said and "Exercise 1" not in said
+
+    solve(2, edition)
+    solve(3, edition)
+    said, failed = nbdev_test(edition, *stems)
+    assert failed == [], said
+
+
+def test_a_change_that_was_not_exported_is_named(edition, monkeypatch):
+    monkeypatch.chdir(edition)
+    check_exports("attention", "block", "gpt")
+    write(edition, EXERCISES[0], solution(EXERCISES[0]))
+    check_exports("block", "gpt")
+    with pytest.raises(NotExported, match=r"02_attention\.ipynb has changed since it was exported to .*attention\.py"):
+        check_exports("attention")
+    with pytest.raises(ValueError, match="expected one of the classes"):
+        export(Path)
+
+
+def kernel(folder, stem, upto, source=None):
+    "Run a notebook in a real kernel up to the cell that begins with `upto`; `source`: another text in the class's cell."
+    import nbformat
+    from nbclient import NotebookClient
+
+    nb = read_notebook(folder / f"{stem}.ipynb")
+    if source:
+        nb["cells"][class_cell(nb, next(e for e in EXERCISES if e.notebook == stem))]["source"] = source
+    last = next(i for i, cell in enumerate(nb["cells"]) if upto in cell["source"] and cell["cell_type"] == "code")
+    nb["cells"] = [cell for cell in nb["cells"][: last + 1] if "kvcache_lib.checks" not in cell["source"]]
+    node = nbformat.reads(json.dumps(nb), as_version=4)
+    client = NotebookClient(node, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, allow_errors=True)
+    return client.execute().cells[-1].outputs
+
+
+def test_export_in_a_kernel(edition, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    shorten(edition)
+    module = edition / PACKAGE / "attention.py"
+    unsaved = kernel(edition, "02_attention", "export(CausalSelfAttention_kv)", solution(EXERCISES[0]))
+    assert unsaved[0].ename == "NotExported" and "Save the notebook" in unsaved[0].evalue
+    assert "NotImplementedError" in module.read_text()
+
+    write(edition, EXERCISES[0], solution(EXERCISES[0]))
+    saved = kernel(edition, "02_attention", "export(CausalSelfAttention_kv)")
+    assert saved[0].get("text", saved[0]).endswith("Next: 03_block.ipynb\n")
+    assert "NotImplementedError" not in module.read_text()
+
+
+def test_taking_a_solution_keeps_what_was_written_and_says_so(edition, capsys):
+    attempt = solution(EXERCISES[0]).replace("torch.cat([kv_cache[0], k]", "torch.cat([k, kv_cache[0]]")
+    write(edition, EXERCISES[0], attempt)
+    main(["--solve", "1", str(edition)])
+    assert "marked as taken" in capsys.readouterr().out
+    nb = read_notebook(edition / "02_attention.ipynb")
+    assert [cell["source"] for cell in nb["cells"] if cell["cell_type"] == "raw"] == [attempt]
+    mark = TAKEN.format(n=1)
+    assert mark in exported_source(nb) and mark in (edition / PACKAGE / "attention.py").read_text()
+    before = (edition / "02_attention.ipynb").read_bytes()
+    assert "already" in solve(1, edition)
+    assert (edition / "02_attention.ipynb").read_bytes() == before
+
+
+def test_taking_a_solution_in_a_notebook(edition, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    path = edition / "03_block.ipynb"
+    nb = read_notebook(path)
+    at = next(i for i, cell in enumerate(nb["cells"]) if "take_solution" in cell["source"])
+    nb["cells"] = [nb["cells"][at] | {"source": nb["cells"][at]["source"].replace("\n# from", "\nfrom")}]
+    write_notebook(path, nb)
+    said = kernel(edition, "03_block", "take_solution")[0]["text"]
+    assert "in the cell below" in said and "marked as taken" in said
+
+
+# --- nbgrader
+
+
+def nbgrader_cells(nb):
+    return [(cell["metadata"]["nbgrader"], cell) for cell in nb["cells"] if "nbgrader" in cell["metadata"]]
+
+
+def test_nbgrader_metadata(blank):
+    points = 0
+    for path in blank.glob("*.ipynb"):
+        found = nbgrader_cells(read_notebook(path))
+        assert len({meta["grade_id"] for meta, _ in found}) == len(found)
+        for meta, cell in found:
+            assert meta["schema_version"] == 3 and meta["cell_type"] == cell["cell_type"] == "code"
+            assert meta["locked"] and not meta["solution"] and not meta["task"]
+            assert meta["grade"] == ("points" in meta) == ("kvcache_lib.checks" in cell["source"])
+            points += meta.get("points", 0)
+    assert points == sum(exercise.points * len(exercise.checks) for exercise in EXERCISES)
+
+
+def test_nbdev_clean_keeps_the_metadata(edition):
+    path = edition / "02_attention.ipynb"
+    before = nbgrader_cells(read_notebook(path))
+    ran = run("-c", "from nbdev.clean import nbdev_clean; nbdev_clean()", cwd=edition)
+    assert ran.returncode == 0, ran.stderr
+    assert [meta for meta, _ in nbgrader_cells(read_notebook(path))] == [meta for meta, _ in before] != []
+
+
+def test_nbgrader_takes_it_as_it_is(blank, tmp_path):
+    pytest.importorskip("nbgrader", reason="pip install nbgrader==0.9.6 to run this: about a minute")
+    source = tmp_path / "source" / "kvcache"
+    shutil.copytree(blank, source)
+    shorten(source)
+    for stem in set(NOTEBOOKS) - {exercise.notebook for exercise in EXERCISES}:
+        (source / f"{stem}.ipynb").unlink()
+    (tmp_path / "nbgrader_config.py").write_text("c = get_config()\nc.CourseDirectory.course_id = 'kv'\n")
+
+    def nbgrader(*args):
+        code = "import os, sys; os.environ['PATH'] = os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH']; "
+        ran = run("-c", code + "from nbgrader.apps.nbgraderapp import main; main()", *args, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    nbgrader("generate_assignment", "kvcache", "--create")
+    released = tmp_path / "release" / "kvcache"
+    assert "Exercise 1: write" in (released / "02_attention.ipynb").read_text()
+    for learner in ("ada", "bob", "cleo"):
+        shutil.copytree(released, tmp_path / "submitted" / learner / "kvcache")
+    for exercise in EXERCISES:
+        solve(exercise.number, tmp_path / "submitted" / "ada" / "kvcache")
+    path = tmp_path / "submitted" / "cleo" / "kvcache" / "02_attention.ipynb"
+    path.write_text(path.read_text().replace("check_attention(CausalSelfAttention_kv)", "print('pass')"))
+    nbgrader("autograde", "kvcache")
+    nbgrader("export")
+    rows = [line.split(",") for line in (tmp_path / "grades.csv").read_text().splitlines()]
+    student, score = rows[0].index("student_id"), rows[0].index("score")
+    assert {row[student]: float(row[score]) for row in rows[1:]} == {"ada": 8.0, "bob": 0.0, "cleo": 0.0}
+
+
+# --- installed from a wheel
+
+
+def test_the_wheel_carries_the_notebooks(tmp_path):
+    "Build a wheel, unpack it, and make an edition with nothing else of the project in reach."
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in tracked.stdout.split("\n")[:-1]:
+        if (ROOT / name).is_file():
+            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "src" / name)
+    built = run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), cwd=tmp_path / "src")
+    assert built.returncode == 0, built.stderr
+    shutil.rmtree(tmp_path / "src")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert {f"kvcache_lib/nbs/{stem}.ipynb" for stem in NOTEBOOKS} <= set(wheel.namelist())
+        commands = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
+        wheel.extractall(tmp_path / "site")
+    assert "kvcache-exercises = kvcache_lib.edition:main" in commands and "kvcache-grade = kvcache_lib.grading:main" in commands
+    code = "import sys; sys.path.insert(0, 'site'); from kvcache_lib.edition import main, kvcache_lib as k; print(k.__file__); main(['new'])"
+    made = run("-c", code, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith(str(tmp_path / "site")) and (tmp_path / "new" / "04_gpt.ipynb").exists()
