@@ -175,7 +175,8 @@ REPLACED = {
         ("These are the results that are kept with this course. Run `make benchmark` to replace them with those of your "
          "machine, and this notebook shows yours.",
          "Now your own classes. `gpt-mini` takes less than a minute. `main([])` measures `gpt2` too and takes about four. The "
-         "results stay in `benchmark_results.txt` and `.json` in this folder. Delete both files to measure again."),
+         "results stay in `benchmark_results.txt` and `.json` in this folder. Delete both files to measure again, also if "
+         "`nbdev_test` made them: it measures while other notebooks run."),
         ('results = json.loads(Path("../benchmark_results.json")',
          'if not Path("benchmark_results.json").exists():\n    main(["--models", "gpt-mini", "--seconds", "1"])\n\n'
          'results = json.loads(Path("benchmark_results.json")'),
@@ -354,7 +355,14 @@ def definitions(source: str) -> list[str]:
 
 
 def check_exports(*modules: str) -> None:
-    "Raise NotExported if one of the learner's notebooks has changed since it was exported. Works in the current folder."
+    """Raise NotExported if one of the learner's notebooks in the current folder has changed since it was exported.
+
+    Under nbdev_test, which runs notebooks side by side, PyTorch is set to one thread: more would wait for each other.
+    """
+    if os.environ.get("IN_TEST"):
+        import torch
+
+        torch.set_num_threads(1)
     for exercise in (e for e in EXERCISES if e.module in modules):
         path, module = Path(f"{exercise.notebook}.ipynb"), Path(PACKAGE, f"{exercise.module}.py")
         if not path.is_file():

@@ -1,21 +1,23 @@
 """The learner's edition: what is in it, what is not, how it is worked with."""
 
 import ast
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 
 import kvcache_lib
 from kvcache_lib.edition import (
-    EXERCISES, NOTEBOOKS, PACKAGE, TAKEN, NotExported, check_exports, class_cell, course_notebook, export, exported_source,
-    find_class, for_learner, main, make_edition, read_notebook, solve, write_notebook,
+    EXERCISES, NOTEBOOKS, PACKAGE, TAKEN, NotExported, check_cells, check_exports, class_cell, course_notebook, export,
+    exported_source, find_class, for_learner, is_exported, main, make_edition, read_notebook, solve, write_notebook,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -223,32 +225,34 @@ def test_a_change_that_was_not_exported_is_named(edition, monkeypatch):
         export(Path)
 
 
-def kernel(folder, stem, upto, source=None):
-    "Run a notebook in a real kernel up to the cell that begins with `upto`; `source`: another text in the class's cell."
-    import nbformat
-    from nbclient import NotebookClient
+@contextmanager
+def kernel(folder, monkeypatch):
+    "A real kernel in a folder: a function that runs cells and returns the outputs of the last one."
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    client = NotebookClient(new_notebook(), kernel_name="python3", resources={"metadata": {"path": str(folder)}}, allow_errors=True)
 
-    nb = read_notebook(folder / f"{stem}.ipynb")
-    if source:
-        nb["cells"][class_cell(nb, next(e for e in EXERCISES if e.notebook == stem))]["source"] = source
-    last = next(i for i, cell in enumerate(nb["cells"]) if upto in cell["source"] and cell["cell_type"] == "code")
-    nb["cells"] = [cell for cell in nb["cells"][: last + 1] if "kvcache_lib.checks" not in cell["source"]]
-    node = nbformat.reads(json.dumps(nb), as_version=4)
-    client = NotebookClient(node, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, allow_errors=True)
-    return client.execute().cells[-1].outputs
+    def execute(sources):
+        for source in sources:
+            client.nb.cells.append(new_code_cell(source))
+            client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1)
+        return client.nb.cells[-1].outputs
+
+    with client.setup_kernel():
+        yield execute
 
 
 def test_export_in_a_kernel(edition, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    shorten(edition)
-    module = edition / PACKAGE / "attention.py"
-    unsaved = kernel(edition, "02_attention", "export(CausalSelfAttention_kv)", solution(EXERCISES[0]))
-    assert unsaved[0].ename == "NotExported" and "Save the notebook" in unsaved[0].evalue
-    assert "NotImplementedError" in module.read_text()
+    exercise, module = EXERCISES[0], edition / PACKAGE / "attention.py"
+    exported = [cell["source"] for cell in read_notebook(edition / "02_attention.ipynb")["cells"] if is_exported(cell)]
+    cell = check_cells(exercise)[-1]["source"]
+    with kernel(edition, monkeypatch) as execute:
+        (unsaved,) = execute([*exported[:-1], solution(exercise), cell])
+        assert unsaved.ename == "NotExported" and "Save the notebook" in unsaved.evalue
+        assert "NotImplementedError" in module.read_text()
 
-    write(edition, EXERCISES[0], solution(EXERCISES[0]))
-    saved = kernel(edition, "02_attention", "export(CausalSelfAttention_kv)")
-    assert saved[0].get("text", saved[0]).endswith("Next: 03_block.ipynb\n")
+        write(edition, exercise, solution(exercise))
+        (saved,) = execute([cell])
+    assert saved.text.endswith("Next: 03_block.ipynb\n")
     assert "NotImplementedError" not in module.read_text()
 
 
@@ -267,14 +271,9 @@ def test_taking_a_solution_keeps_what_was_written_and_says_so(edition, capsys):
 
 
 def test_taking_a_solution_in_a_notebook(edition, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    path = edition / "03_block.ipynb"
-    nb = read_notebook(path)
-    at = next(i for i, cell in enumerate(nb["cells"]) if "take_solution" in cell["source"])
-    nb["cells"] = [nb["cells"][at] | {"source": nb["cells"][at]["source"].replace("\n# from", "\nfrom")}]
-    write_notebook(path, nb)
-    said = kernel(edition, "03_block", "take_solution")[0]["text"]
-    assert "in the cell below" in said and "marked as taken" in said
+    with kernel(edition, monkeypatch) as execute:
+        (said,) = execute([check_cells(EXERCISES[1])[0]["source"].replace("\n# from", "\nfrom")])
+    assert "in the cell below" in said.text and "marked as taken" in said.text
 
 
 # --- nbgrader
