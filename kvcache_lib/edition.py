@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXERCISES', 'NOTEBOOKS', 'PACKAGE', 'NO_CLASS', 'STUCK', 'EXPORT', 'TAKEN', 'REPLACED', 'SETTINGS', 'README',
            'Exercise', 'read_notebook', 'course_notebook', 'is_exported', 'exported_source', 'find_class', 'class_cell',
-           'blank', 'text_cell', 'code_cell', 'check_cells', 'replace_words', 'for_learner', 'learner_notebook',
+           'blank', 'text_cell', 'code_cell', 'locked', 'stuck_cell', 'export_cells', 'mark_checks', 'replace_words',
+           'for_learner', 'clear_outputs', 'exercise_notebook', 'other_notebook', 'learner_notebook',
            'nbdev_export_notebooks', 'write_notebook', 'made_by', 'make_edition', 'NotExported', 'definitions',
            'check_exports', 'export', 'running_source', 'find_exercise', 'solution_cell', 'is_taken', 'take_solution',
            'solve', 'main']
@@ -127,30 +128,43 @@ def text_cell(source: str) -> dict:
     return {"cell_type": "markdown", "metadata": {}, "source": source}
 
 
-def code_cell(source: str, grade_id: str = "", points: int = 0) -> dict:
-    "A code cell; with a grade_id one that nbgrader locks, and that it grades if it is worth points."
-    cell = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": source}
-    if grade_id:
-        cell["metadata"]["nbgrader"] = {
-            "schema_version": 3, "grade_id": grade_id, "cell_type": "code",
-            "grade": points > 0, "locked": True, "solution": False, "task": False,
-        } | ({"points": points} if points else {})
-    return cell
+def code_cell(source: str, **metadata) -> dict:
+    return {"cell_type": "code", "execution_count": None, "metadata": metadata, "outputs": [], "source": source}
 
 
-def check_cells(exercise: Exercise) -> list[dict]:
-    "The cells that follow the blank class: take the solution, check, export."
-    n, cls, module = exercise.number, exercise.cls, exercise.module
-    text = "## Check\n\nThe check takes your class and compares it with the baseline. If something is wrong, it says what, and where to look."
-    if len(exercise.checks) > 1:
-        text += " There is one check for each method. The first can pass before the second method is written."
-    cells = [code_cell(STUCK.format(n=n)), text_cell(text)]
+def locked(grade_id: str, points: int = 0) -> dict:
+    "nbgrader's metadata for a cell that it locks, and that it grades if the cell is worth points."
+    kind = {"grade": points > 0, "locked": True, "solution": False, "task": False}
+    worth = {"points": points} if points else {}
+    return {"schema_version": 3, "grade_id": grade_id, "cell_type": "code"} | kind | worth
+
+
+def stuck_cell(exercise: Exercise) -> dict:
+    "The cell that takes the solution."
+    return code_cell(STUCK.format(n=exercise.number))
+
+
+def export_cells(exercise: Exercise) -> list[dict]:
+    "The text and the cell that export the learner's class."
+    source = f"#| eval: false\nfrom kvcache_lib.edition import export\n\nexport({exercise.cls})"
+    text = EXPORT.format(module=f"{PACKAGE}/{exercise.module}.py")
+    return [text_cell(text), code_cell(source, nbgrader=locked(f"export-{exercise.number}"))]
+
+
+def mark_checks(nb: dict, exercise: Exercise) -> int:
+    """Give the cells that check the exercise's class points in nbgrader: the index of the last one.
+
+    Raises ValueError if a check is not called in just one cell.
+    """
+    found = []
     for method, check in exercise.checks.items():
-        source = f"from kvcache_lib.checks import {check}\n\n{check}({cls})"
-        cells.append(code_cell(source, f"exercise-{n}-{method}", exercise.points))
-    cells.append(text_cell(EXPORT.format(module=f"{PACKAGE}/{module}.py")))
-    cells.append(code_cell(f"#| eval: false\nfrom kvcache_lib.edition import export\n\nexport({cls})", f"export-{n}"))
-    return cells
+        call = f"{check}({exercise.cls})"
+        cells = [i for i, cell in enumerate(nb["cells"]) if cell["cell_type"] == "code" and call in cell["source"]]
+        if len(cells) != 1:
+            raise ValueError(f"expected one cell of {exercise.notebook}.ipynb to call {call}, got {len(cells)}")
+        nb["cells"][cells[0]]["metadata"]["nbgrader"] = locked(f"exercise-{exercise.number}-{method}", exercise.points)
+        found += cells
+    return max(found)
 
 # %% ../nbs/tools/edition.ipynb #cell-17
 STUCK = """\
@@ -181,6 +195,7 @@ REPLACED = {
          'if not Path("benchmark_results.json").exists():\n    main(["--models", "gpt-mini", "--seconds", "1"])\n\n'
          'results = json.loads(Path("benchmark_results.json")'),
         ('Path("../benchmark_results.txt")', 'Path("benchmark_results.txt")'),
+        ("figure(2, width=3.9", 'figure(len(results["models"]), width=3.9'),
     ),
 }
 
@@ -205,31 +220,49 @@ def for_learner(source: str) -> str:
     return re.sub(r"\[([^\]]*)\]\(([^()\s]+)\.ipynb(?:#[^()\s]*)?\)", link, source)
 
 
-def learner_notebook(stem: str) -> dict:
-    "A notebook of the edition, made from the course's."
+def clear_outputs(cells: list[dict]) -> None:
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            cell.update(outputs=[], execution_count=None)
+
+
+def exercise_notebook(exercise: Exercise) -> dict:
+    "The notebook of an exercise, blank: what the learner writes is exported."
+    nb = course_notebook(exercise.notebook)
+    cells, at = nb["cells"], class_cell(nb, exercise)
+    clear_outputs(cells[at:])
+    cells[at]["source"] = blank(cells[at]["source"], exercise)
+    last = mark_checks(nb, exercise) + 1
+    cells[last:last] = export_cells(exercise)
+    cells.insert(at + 1, stuck_cell(exercise))
+    return nb
+
+
+def other_notebook(stem: str) -> dict:
+    "A notebook without an exercise: it exports nothing."
     nb = course_notebook(stem)
     replace_words(nb, stem)
-    exercise = next((e for e in EXERCISES if e.notebook == stem), None)
-    earlier = [e.module for e in EXERCISES if e.notebook < stem]
-    blank_at = class_cell(nb, exercise) if exercise else 0 if earlier else len(nb["cells"])  # what follows is cleared
-    cells = []
-    for i, cell in enumerate(nb["cells"]):
-        cell["source"] = for_learner(cell["source"])
+    for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            if i >= blank_at:
-                cell.update(outputs=[], execution_count=None)
-            if not exercise:
-                cell["source"] = re.sub(r"(?m)^#\s*\|\s*(default_exp|exports?)\b.*\n?", "", cell["source"])
-        if exercise and i == blank_at:
-            cell["source"] = blank(cell["source"], exercise)
-            cells += [cell, *check_cells(exercise)]
-        elif cell["source"]:
-            cells.append(cell)
-    if earlier:
-        modules = ", ".join(f'"{module}"' for module in earlier)
-        first = next(i for i, cell in enumerate(cells) if cell["cell_type"] == "code" and PACKAGE in cell["source"])
-        cells.insert(first, code_cell(f"from kvcache_lib.edition import check_exports\n\ncheck_exports({modules})", "exports"))
-    return nb | {"cells": cells}
+            cell["source"] = re.sub(r"(?m)^#\s*\|\s*(default_exp|exports?)\b.*\n?", "", cell["source"])
+    nb["cells"] = [cell for cell in nb["cells"] if cell["source"]]
+    if stem > EXERCISES[-1].notebook:
+        clear_outputs(nb["cells"])
+    return nb
+
+
+def learner_notebook(stem: str) -> dict:
+    "A notebook of the edition, made from the course's."
+    exercise = next((e for e in EXERCISES if e.notebook == stem), None)
+    nb = exercise_notebook(exercise) if exercise else other_notebook(stem)
+    for cell in nb["cells"]:
+        cell["source"] = for_learner(cell["source"])
+    modules = ", ".join(f'"{e.module}"' for e in EXERCISES if e.notebook < stem)
+    if modules:
+        source = f"from kvcache_lib.edition import check_exports\n\ncheck_exports({modules})"
+        first = next(i for i, cell in enumerate(nb["cells"]) if f"from {PACKAGE}." in cell["source"])
+        nb["cells"].insert(first, code_cell(source, nbgrader=locked("exports")))
+    return nb
 
 # %% ../nbs/tools/edition.ipynb #cell-23
 SETTINGS = """\

@@ -16,8 +16,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 import kvcache_lib
 from kvcache_lib.edition import (
-    EXERCISES, NOTEBOOKS, PACKAGE, TAKEN, NotExported, check_cells, check_exports, class_cell, course_notebook, export,
-    exported_source, find_class, for_learner, is_exported, main, make_edition, read_notebook, solve, write_notebook,
+    EXERCISES, NOTEBOOKS, PACKAGE, TAKEN, NotExported, check_exports, class_cell, course_notebook, export, export_cells,
+    exported_source, find_class, for_learner, is_exported, main, make_edition, read_notebook, solve, stuck_cell, write_notebook,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +244,7 @@ def kernel(folder, monkeypatch):
 def test_export_in_a_kernel(edition, monkeypatch):
     exercise, module = EXERCISES[0], edition / PACKAGE / "attention.py"
     exported = [cell["source"] for cell in read_notebook(edition / "02_attention.ipynb")["cells"] if is_exported(cell)]
-    cell = check_cells(exercise)[-1]["source"]
+    cell = export_cells(exercise)[-1]["source"]
     with kernel(edition, monkeypatch) as execute:
         (unsaved,) = execute([*exported[:-1], solution(exercise), cell])
         assert unsaved.ename == "NotExported" and "Save the notebook" in unsaved.evalue
@@ -272,7 +272,7 @@ def test_taking_a_solution_keeps_what_was_written_and_says_so(edition, capsys):
 
 def test_taking_a_solution_in_a_notebook(edition, monkeypatch):
     with kernel(edition, monkeypatch) as execute:
-        (said,) = execute([check_cells(EXERCISES[1])[0]["source"].replace("\n# from", "\nfrom")])
+        (said,) = execute([stuck_cell(EXERCISES[1])["source"].replace("\n# from", "\nfrom")])
     assert "in the cell below" in said.text and "marked as taken" in said.text
 
 
@@ -291,7 +291,8 @@ def test_nbgrader_metadata(blank):
         for meta, cell in found:
             assert meta["schema_version"] == 3 and meta["cell_type"] == cell["cell_type"] == "code"
             assert meta["locked"] and not meta["solution"] and not meta["task"]
-            assert meta["grade"] == ("points" in meta) == ("kvcache_lib.checks" in cell["source"])
+            calls = [c for e in EXERCISES for c in e.checks.values() if f"{c}({e.cls})" in cell["source"]]
+            assert meta["grade"] == ("points" in meta) == (len(calls) == 1)
             points += meta.get("points", 0)
     assert points == sum(exercise.points * len(exercise.checks) for exercise in EXERCISES)
 

@@ -41,7 +41,7 @@ def test_a_class(blank, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for exercise in EXERCISES:
         write(tmp_path / "right", exercise)
-    write(tmp_path / "loop", ATTENTION, GIVEN, "while True: pass")
+    write(tmp_path / "loop", ATTENTION, GIVEN, "while True: print('garbage' * 1000)")
     write(tmp_path / "syntax", ATTENTION, GIVEN, "q, k, v = self.project(x")
     path = tmp_path / "untested" / "02_attention.ipynb"
     nb = read_notebook(path)
@@ -67,15 +67,12 @@ def test_a_class(blank, tmp_path, capsys):
         ("print('{\"passed\": true}'); import os; os._exit(0)", "ended its process (exit status 0)"),
         ("raise SystemExit", "SystemExit, in the line: raise SystemExit"),
         ("q, k, v = self.projekt(x)", "has no attribute 'projekt', in the line: q, k, v = self.projekt(x)"),
-        ("while True: print('garbage' * 1000)", "stopped after 4 s"),
     ],
 )
 def test_hostile_and_broken_code(code, result):
     source = grading.solution_source(ATTENTION).replace(GIVEN, code)
-    started = time.monotonic()
-    outcome = run_exercise(ATTENTION, {"attention": source}, seconds=4 if "4 s" in result else 60)
+    outcome = run_exercise(ATTENTION, {"attention": source})
     assert not outcome["passed"] and result in outcome["result"]
-    assert time.monotonic() - started < 60
 
 
 def test_a_process_that_the_code_starts_ends_too(tmp_path):
