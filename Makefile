@@ -9,10 +9,11 @@ NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check benchmark notebooks export constraints clean
+.PHONY: help lab exercises test check benchmark notebooks export constraints clean
 
 help:
 	@echo "make lab          open JupyterLab at the first notebook"
+	@echo "make exercises    write exercises/, the edition with blanks, if it isn't there; open it"
 	@echo "make test         check the exports, run every notebook and the test suite"
 	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
 	@echo "make notebooks    run all notebooks in place, with their outputs, and clean them"
@@ -28,6 +29,11 @@ $(STAMP): settings.ini setup.py constraints.txt
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab $(LAB_FLAGS) nbs/00_named_tensors.ipynb
+
+# What is there is the learner's: it is opened, never written over.
+exercises: $(STAMP)
+	test -e exercises || $(BIN)/kvcache-exercises exercises
+	cd exercises && ../$(BIN)/jupyter lab $(LAB_FLAGS) 00_named_tensors.ipynb
 
 # The exports come first: a stale module would make everything after it puzzling.
 check: $(STAMP)
@@ -56,7 +62,7 @@ export: $(STAMP)
 constraints: $(STAMP)
 	$(BIN)/python -m pip install -q uv
 	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.10 \
-	  --no-header --no-annotate --extra dev setup.py | grep -v -E '^(nvidia-|cuda-|triton)'; } > constraints.new
+	  --no-header --no-annotate --extra dev --extra teach setup.py | grep -v -E '^(nvidia-|cuda-|triton)'; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:

@@ -323,7 +323,7 @@ before the others makes them fail too: begin with the first.
 def nbdev_export_notebooks(folder: Path, stems) -> None:
     "Export notebooks of an edition with nbdev. Raises RuntimeError with what nbdev says if it can't."
     if importlib.util.find_spec("nbdev") is None:
-        raise RuntimeError("nbdev is needed to export notebooks, and it is not installed: pip install 'kvcache_lib[dev]'")
+        raise RuntimeError("nbdev is needed to export notebooks, and it is not installed; it comes with the extra 'dev' of kvcache_lib")
     code = "import sys; from nbdev.export import nb_export; [nb_export(name) for name in sys.argv[1:]]"
     names = [f"{stem}.ipynb" for stem in stems]
     env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
