@@ -43,7 +43,7 @@ check: $(STAMP)
 test: export OMP_NUM_THREADS = 1
 test: check
 	$(BIN)/nbdev_test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 benchmark: $(STAMP)
 	$(BIN)/kvcache-benchmark

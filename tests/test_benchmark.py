@@ -153,13 +153,12 @@ def test_an_interrupted_run_leaves_the_old_file(tmp_path):
     arguments = [*QUICK, "--seconds", "60", "--out", "r.txt"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "kvcache_lib.benchmark", *arguments],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while "T = 2" not in process.stderr.readline(80):
-        assert process.poll() is None
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = ""
+    while "T = 2" not in said:  # the bar shows what is being measured
+        assert process.poll() is None, said
+        said += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted; r.txt is as it was" in err and out == ""
