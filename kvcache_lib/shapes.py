@@ -47,7 +47,8 @@ class Box:
     def hatching(self, gap: float = 6) -> str:
         "Lines that rise to the right, clipped to the box, as the `d` of an SVG path."
         lines = []
-        for c in np.arange(gap / 2, self.w + self.h, gap):  # the line x − left + y − top = c
+        for n in range(round((self.w + self.h) / gap)):
+            c = gap * (n + 0.5)  # the line x − left + y − top = c
             (x1, y1), (x2, y2) = (min(c, self.w), max(0, c - self.w)), (max(0, c - self.h), min(c, self.h))
             lines.append(f"M{self.x + x1:g} {self.y + y1:g}L{self.x + x2:g} {self.y + y2:g}")
         return "".join(lines)

@@ -7,8 +7,8 @@ __all__ = ['AGAIN', 'LOOKS', 'SAID', 'ROW', 'TOP', 'STYLE', 'FRAMES', 'View', 'n
            'slide', 'struck_out', 'visible', 'text_panel', 'token_column', 'matrix', 'blocks', 'numbers', 'weight_bars',
            'cache_panel', 'column_title', 'vector', 'summary', 'attention_panel', 'attention_rows', 'short',
            'heads_rows', 'choice_panel', 'amount', 'counters', 'spanned', 'headline', 'reason', 'Picture', 'picture',
-           'legend', 'counter_table', 'html', 'TraceStepper', 'numbered', 'CacheStepper', 'close_earlier', 'key_steps',
-           'filmstrip', 'frames', 'trace', 'trace_layer', 'trace_rows']
+           'legend', 'counter_table', 'html', 'TraceStepper', 'chooser', 'parts', 'CacheStepper', 'close_earlier',
+           'key_steps', 'filmstrip', 'frames', 'trace', 'trace_layer', 'trace_rows']
 
 # %% ../nbs/tools/stepper.ipynb #cell-2
 import base64
@@ -488,8 +488,7 @@ class TraceStepper(W.VBox):
         self.slider = W.IntSlider(step, min=1, max=count, description="step", layout=W.Layout(width="320px"))
         self.play = W.Play(value=step, min=1, max=count, interval=900, description="play the steps")
         self.back, self.forward = W.Button(description="◀ previous"), W.Button(description="next ▶")
-        self.layer = W.Dropdown(options=numbered("layer", trace.n_layer), value=layer, layout=W.Layout(width="110px"))
-        self.head = W.Dropdown(options=numbered("head", trace.n_head), value=head, layout=W.Layout(width="110px"))
+        self.layer, self.head = chooser("layer", layer, trace.n_layer), chooser("head", head, trace.n_head)
         self.cache = W.ToggleButtons(options=[("with the cache", True), ("without", False)], value=cache)
         self.cache.style.button_width = "120px"
         self.picture = W.HTML()
@@ -501,6 +500,7 @@ class TraceStepper(W.VBox):
         wrap = W.Layout(flex_flow="row wrap", align_items="center")
         rows = W.Box([self.back, self.forward, self.play, self.slider], layout=wrap), W.Box([self.layer, self.head, self.cache], layout=wrap)
         super().__init__([*rows, self.picture])
+        self.add_class("kvs-controls")
         self.draw()
         close_earlier(self)
 
@@ -520,12 +520,9 @@ class TraceStepper(W.VBox):
 
     def close(self) -> None:
         "Take the widget and all its parts off the page and out of memory."
-        for row in self.children:
-            for part in getattr(row, "children", ()):
-                part.close()
-            row.close()
         if getattr(self, "link", None):  # it was made in full
-            self.link.close()
+            for part in [self.link, *parts(self)][:-1]:
+                part.close()
         self.trace = None
         super().close()
 
@@ -541,8 +538,17 @@ class TraceStepper(W.VBox):
         return f"{type(self).__name__}({len(self.trace.steps) if self.trace else 0} steps)"
 
 
-def numbered(name: str, count: int) -> list:
-    return [(f"{name} {n}", n) for n in range(1, count + 1)]
+def chooser(name: str, value: int, count: int):
+    "A field for a number from 1 to `count`. The arrow keys work in it; in a drop-down list, JupyterLab would take them for itself."
+    layout = W.Layout(width="160px")
+    return W.BoundedIntText(value, min=1, max=count, description=f"{name} (of {count})", layout=layout, disabled=count == 1)
+
+
+def parts(widget):
+    "Everything that a widget is made of, itself last: its children, and the style and layout of each."
+    for child in getattr(widget, "children", ()):
+        yield from parts(child)
+    yield from (part for part in (getattr(widget, "style", None), widget.layout, widget) if part is not None)
 
 # %% ../nbs/tools/stepper.ipynb #cell-35
 class CacheStepper(TraceStepper):
