@@ -171,8 +171,8 @@ def matrix(x: float, values, rows: list, states: list, view: View, limit: float)
         if states[i] == NONE:
             shapes += [Box(x, TOP + ROW * r + 2, view.width, ROW - 4, stroke="#bbbbbb", dash=True) for r in range(first, last)]
             continue
-        shapes.append(Pixels(x, y + 1, view.width, height - 2, values[rows[first] : rows[last - 1] + 1], -limit, limit))
-        shapes += [Line(x, TOP + ROW * r, x + view.width, TOP + ROW * r, "white", 2) for r in range(first + 1, last)]
+        for r in range(first, last):  # row by row: a row that stays is the same text in every step, and compresses well
+            shapes.append(Pixels(x, TOP + ROW * r + 1, view.width, ROW - 2, values[rows[r]][None], -limit, limit))
         if hs <= 4:
             for r in range(first, last):
                 shapes += numbers(x, TOP + ROW * (r + 0.5), values[rows[r]], view.width / hs, limit)
@@ -281,7 +281,7 @@ def attention_panel(trace: Trace, step: int, view: View) -> Panel:
     if count > 1:
         shapes.append(Text(x, y + side + 12, f"grey is masked: j sees i ≤ P + j, with P = {first}", color=GREY))
     heads = trace.newest_weights(step, view.layer).float().numpy()
-    below, bottom = heads_rows(x, y + side + 40, cell, heads, shown, view.head)
+    below, bottom = heads_rows(x, y + side + 50, cell, heads, shown, view.head)
     alt = f"Attention of layer {view.layer}, head {view.head}: {here.S - first} of {here.S} rows computed."
     return Panel(max(x + side, 330) + 6, bottom, tuple(shapes + below), alt)
 
@@ -597,7 +597,7 @@ def filmstrip(trace: Trace, view: View = View(), steps=None) -> Image:
     steps = steps or key_steps(trace)
     panels = [cache_panel(trace, step, view) for step in steps]
     w, h = panels[0].width / 90, (panels[0].height + 40) / 90  # inches
-    fig = Figure(figsize=(2 * w, h * math.ceil(len(steps) / 2)), dpi=100, facecolor="white", layout="constrained")
+    fig = Figure(figsize=(2 * w, h * math.ceil(len(steps) / 2)), dpi=90, facecolor="white", layout="constrained")
     for n, (step, panel) in enumerate(zip(steps, panels), 1):
         ax = fig.add_subplot(math.ceil(len(steps) / 2), 2, n)
         panel.draw(ax)
@@ -605,7 +605,7 @@ def filmstrip(trace: Trace, view: View = View(), steps=None) -> Image:
     file = io.BytesIO()
     fig.savefig(file, format="png")
     small = io.BytesIO()
-    PIL.Image.open(file).convert("RGB").quantize(128, dither=PIL.Image.Dither.NONE).save(small, "PNG", optimize=True)
+    PIL.Image.open(file).convert("RGB").quantize(96, dither=PIL.Image.Dither.NONE).save(small, "PNG", optimize=True)
     alt = " ".join(f"{headline(trace, step, view)} {panel.alt}" for step, panel in zip(steps, panels))
     return Image(small.getvalue(), alt=alt, width=int(180 * w))
 

@@ -1,5 +1,6 @@
 """The stepper in real JupyterLab, in Voila, and as an exported page, in real Chromium."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -7,17 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
-from browser import (
-    browser,
-    jupyter_lab,
-    needs_chromium,
-    open_notebook,
-    private_environment,
-    run_all,
-    voila,
-    write_notebook,
-)
+from lab import browser_page, free_port, jupyter_lab, needs_chromium, open_notebook, run_all, wait_until_up
 
 from kvcache_lib.shapes import Text
 from kvcache_lib.stepper import View, picture, trace
@@ -37,6 +30,7 @@ with torch.no_grad():
 idx = torch.tensor([[3, 1, 4, 1, 5, 9]])
 """
 STEPPER = "from kvcache_lib.stepper import CacheStepper\nstepper = CacheStepper(model, idx, 9)\nstepper"
+NUMBERS = ".kvs-controls input[type=number]"  # layer, head
 COUNT = """
 import gc, ipywidgets
 gc.collect()
@@ -52,23 +46,17 @@ def recorded():
     return trace(names["model"], names["idx"], 9)
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as chromium:
-        yield chromium
+def write_notebook(path, *sources):
+    "A notebook of these code cells, not run yet."
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    cells = [nbformat.v4.new_markdown_cell("# A test")] + [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
 def shoot(page, name):
     if SHOTS:
         Path(SHOTS).mkdir(parents=True, exist_ok=True)
         page.screenshot(path=f"{SHOTS}/{name}.png")
-
-
-def watched_page(chromium, **kwargs):
-    "A page, and the errors that its scripts raise."
-    page, errors = chromium.new_page(**kwargs), []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    return page, errors
 
 
 def assert_shows(scope, recorded, step, view=View()):
@@ -93,37 +81,33 @@ def assert_shows(scope, recorded, step, view=View()):
 
 
 @pytest.fixture(scope="module")
-def lab(chromium, tmp_path_factory):
-    "The notebook, open in JupyterLab and run: `(page, errors)`."
-    tmp, root = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("notebooks")
+def lab(tmp_path_factory):
+    "The notebook, open in JupyterLab and run."
+    root, scratch = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("lab")
     write_notebook(root / "stepper.ipynb", MODEL, STEPPER, COUNT)
-    with jupyter_lab(root, tmp) as url:
-        page, errors = watched_page(chromium, viewport=dict(width=1500, height=1150))
+    with jupyter_lab(root, scratch) as url, browser_page() as page:
+        page.set_viewport_size(dict(width=1500, height=1150))
         open_notebook(page, url, "stepper.ipynb")
-        run_all(page)
-        page.locator(".jp-OutputArea .kvs").wait_for(timeout=90_000)
-        page.locator(".jp-OutputArea-output pre", has_text="hooks").wait_for(timeout=30_000)
-        yield page, errors
-        page.close()
+        assert run_all(page) == []
+        page.locator(".jp-OutputArea .kvs").wait_for(timeout=60_000)
+        yield page
 
 
 @pytest.fixture
-def at_home(lab, recorded):
+def page(lab, recorded):
     "The notebook with its controls as they were at first: step 1, layer 1, head 1, with the cache."
-    page, errors = lab
-    page.get_by_role("button", name="with the cache").click()
-    for number in page.locator(".kvs-controls input[type=number]").all():
+    lab.get_by_role("button", name="with the cache").click()
+    for number in lab.locator(NUMBERS).all():
         number.fill("1")
         number.press("Enter")
-    page.locator(".noUi-handle").first.focus()
-    page.keyboard.press("Home")
-    assert_shows(page, recorded, 1)
-    return page, errors
+    lab.locator(".noUi-handle").first.focus()
+    lab.keyboard.press("Home")
+    assert_shows(lab, recorded, 1)
+    yield lab
+    assert lab.errors == []
 
 
-def test_keyboard_in_jupyterlab(lab, recorded):
-    page, errors = lab
-    assert_shows(page, recorded, 1)
+def test_keyboard_in_jupyterlab(page, recorded):
     page.locator(".noUi-handle").first.focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
@@ -134,11 +118,9 @@ def test_keyboard_in_jupyterlab(lab, recorded):
     assert_shows(page, recorded, 9)
     page.keyboard.press("Home")
     assert_shows(page, recorded, 1)
-    assert errors == []
 
 
-def test_every_control_is_reached_with_tab(at_home, recorded):
-    page, errors = at_home
+def test_every_control_is_reached_with_tab(page, recorded):
     page.get_by_role("button", name="next ▶").focus()
     page.keyboard.press("Enter")
     assert_shows(page, recorded, 2)
@@ -152,12 +134,10 @@ def test_every_control_is_reached_with_tab(at_home, recorded):
     page.get_by_role("button", name="◀ previous").focus()
     page.keyboard.press("Enter")
     assert_shows(page, recorded, 1)
-    assert errors == []
 
 
-def test_layer_head_and_cache(at_home, recorded):
-    page, errors = at_home
-    layer, head = page.locator(".kvs-controls input[type=number]").all()
+def test_layer_head_and_cache(page, recorded):
+    layer, head = page.locator(NUMBERS).all()
     layer.focus()
     page.keyboard.press("ArrowUp")
     assert_shows(page, recorded, 1, View(layer=2))
@@ -171,23 +151,22 @@ def test_layer_head_and_cache(at_home, recorded):
     shoot(page, "lab_without_cache")
     page.get_by_role("button", name="with the cache").click()
     assert_shows(page, recorded, 2, View(layer=2, head=2))
-    assert errors == []
 
 
-def test_play_goes_past_the_block(at_home, recorded):
-    page, errors = at_home
+def test_play_goes_past_the_block(page, recorded):
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    assert_shows(page, recorded, 6)
     page.locator(".jupyter-widget-play button, .widget-play button").first.click()
     assert_shows(page, recorded, 9)
     page.wait_for_timeout(1500)  # it plays on until its clock finds no step left
     assert_shows(page, recorded, 9)
     assert page.locator(".kvs .why").text_content().startswith("The text has 14 tokens, the block 12 places.")
     assert page.locator(".kvs rect.struck").count() == 12
-    assert errors == []
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_themes_and_zoom(at_home, recorded, theme):
-    page, errors = at_home
+def test_themes_and_zoom(page, recorded, theme):
     page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
     page.wait_for_function(f"document.body.dataset.jpThemeName === '{theme}'")
     page.get_by_role("button", name="next ▶").click()
@@ -204,71 +183,91 @@ def test_themes_and_zoom(at_home, recorded, theme):
         assert smallest * zoom / 100 >= 8.5, "the smallest text, in pixels of the screen"
         shoot(page, f"lab_{theme[11:].lower()}_{zoom}")
     page.set_viewport_size(dict(width=1500, height=1150))
-    assert errors == []
 
 
-def test_running_the_cells_again_keeps_nothing(at_home):
-    page, errors = at_home
+def test_running_the_cells_again_keeps_nothing(page):
     output = page.locator(".jp-OutputArea-output pre", has_text="hooks")
     counts = [output.text_content()]
     for _ in range(2):
         page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
         output.wait_for(state="detached", timeout=30_000)
-        run_all(page)
+        assert run_all(page) == []
         output.wait_for(timeout=30_000)
         counts.append(output.text_content())
     assert len(set(counts)) == 1 and "hooks 0." in counts[0], counts
-    assert errors == []
+
+
+@contextlib.contextmanager
+def another_page(lab):
+    "A page of its own in the browser that is running."
+    page = lab.context.browser.new_page(viewport=dict(width=1200, height=1000))
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    yield page
+    page.close()
+
+
+@contextlib.contextmanager
+def voila(notebook, scratch):
+    "The address of a Voila that shows one notebook."
+    port, log = free_port(), scratch / "voila.log"
+    flags = ["--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--KernelManager.transport_encryption=auto"]
+    folders = {f"JUPYTER_{name.upper()}_DIR": str(scratch / name) for name in ("config", "data", "runtime")}
+    with open(log, "w") as out:
+        command = [sys.executable, "-m", "voila", str(notebook), *flags]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | folders)
+        try:
+            wait_until_up(f"http://127.0.0.1:{port}/voila/static/voila.js", process, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="Voila is not installed: pip install voila")
-def test_voila(chromium, recorded, tmp_path):
+def test_voila(lab, recorded, tmp_path):
     write_notebook(tmp_path / "stepper.ipynb", MODEL + STEPPER)
-    with voila(tmp_path / "stepper.ipynb", tmp_path) as url:
-        page, errors = watched_page(chromium, viewport=dict(width=1200, height=1000))
+    with voila(tmp_path / "stepper.ipynb", tmp_path) as url, another_page(lab) as page:
         page.goto(url, timeout=90_000)
         page.locator(".kvs").wait_for(timeout=90_000)
         assert_shows(page, recorded, 1)
         page.locator(".noUi-handle").first.focus()
         page.keyboard.press("ArrowRight")
         assert_shows(page, recorded, 2)
-        page.locator(".kvs-controls input[type=number]").first.focus()
+        page.locator(NUMBERS).first.focus()
         page.keyboard.press("ArrowUp")
         assert_shows(page, recorded, 2, View(layer=2))
         page.get_by_role("button", name="without", exact=True).click()
         assert_shows(page, recorded, 2, View(layer=2, cache=False))
         shoot(page, "voila")
-        page.close()
-    assert errors == []
+        assert page.errors == []
 
 
-def test_exported_page_without_a_network(chromium, recorded, tmp_path):
+def test_exported_page_without_a_network(lab, recorded, tmp_path):
     """Offline, an exported page steps with keys, slider and buttons, switches the cache, and shows the filmstrip.
 
     What needs a kernel is not there: play, and choosing the layer and the head.
     """
     write_notebook(tmp_path / "stepper.ipynb", MODEL, STEPPER, "stepper.filmstrip()")
     flags = ["--ExecutePreprocessor.store_widget_state=False", "--KernelManager.transport_encryption=auto"]
-    command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "html", *flags, "stepper.ipynb"]
-    done = subprocess.run(command, cwd=tmp_path, env=private_environment(tmp_path), capture_output=True, text=True, timeout=180)
+    command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "html", *flags, str(tmp_path / "stepper.ipynb")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
 
-    context = chromium.new_context(viewport=dict(width=1200, height=1100))
     blocked = []
-    context.route(re.compile("^(https?|wss?):"), lambda route: (blocked.append(route.request.url), route.abort()))
-    page = context.new_page()
-    page.goto((tmp_path / "stepper.html").as_uri(), wait_until="load")
-    frame = page.frame_locator("iframe[title='Step through the KV cache']")
-    assert_shows(frame, recorded, 1)
-    frame.locator("#s").focus()
-    page.keyboard.press("ArrowRight")
-    assert_shows(frame, recorded, 2)
-    frame.get_by_role("button", name="next ▶").click()
-    frame.get_by_label("with the cache").uncheck()
-    assert_shows(frame, recorded, 3, View(cache=False))
-    scrolled, room = frame.locator("html").evaluate("e => [e.scrollHeight, window.innerHeight]")
-    assert scrolled <= room, "the frame is as high as the picture"
-    assert page.locator("img[src^='data:image/png']").count() == 1, "the filmstrip"
-    shoot(page, "exported")
-    context.close()
+    with another_page(lab) as page:
+        page.context.route(re.compile("^(https?|wss?):"), lambda route: (blocked.append(route.request.url), route.abort()))
+        page.goto((tmp_path / "stepper.html").as_uri(), wait_until="load")
+        frame = page.frame_locator("iframe[title='Step through the KV cache']")
+        assert_shows(frame, recorded, 1)
+        frame.locator("#s").focus()
+        page.keyboard.press("ArrowRight")
+        assert_shows(frame, recorded, 2)
+        frame.get_by_role("button", name="next ▶").click()
+        frame.get_by_label("with the cache").uncheck()
+        assert_shows(frame, recorded, 3, View(cache=False))
+        scrolled, room = frame.locator("html").evaluate("e => [e.scrollHeight, window.innerHeight]")
+        assert scrolled <= room, "the frame is as high as the picture"
+        assert page.locator("img[src^='data:image/png']").count() == 1, "the filmstrip"
+        shoot(page, "exported")
     assert not [url for url in blocked if "widget" in url], "nothing of ours asks the network"
