@@ -8,7 +8,7 @@ __all__ = ['AGAIN', 'LOOKS', 'SAID', 'ROW', 'TOP', 'STYLE', 'FRAMES', 'View', 'n
            'cache_panel', 'column_title', 'vector', 'summary', 'attention_panel', 'attention_rows', 'short',
            'heads_rows', 'choice_panel', 'amount', 'counters', 'spanned', 'headline', 'reason', 'Picture', 'picture',
            'legend', 'counter_table', 'html', 'TraceStepper', 'chooser', 'parts', 'CacheStepper', 'close_earlier',
-           'key_steps', 'filmstrip', 'frames', 'trace', 'trace_layer', 'trace_rows']
+           'key_steps', 'filmstrip', 'shared', 'frames', 'trace', 'trace_layer', 'trace_rows']
 
 # %% ../nbs/tools/stepper.ipynb #cell-2
 import base64
@@ -145,7 +145,7 @@ def token_column(trace: Trace, step: int, view: View, rows: list) -> list:
     for r, i in enumerate(rows):
         y = TOP + ROW * r + ROW / 2
         if i is None:
-            shapes.append(Text(60, y, "⋮", 14, "middle", GREY))
+            shapes += [Text(55, y, "⋮", 14, "middle", GREY), Text(115, y, f"{rows[r + 1] - rows[r - 1] - 1} more", anchor="middle", color=GREY)]
             continue
         face, _, ink = LOOKS[states[i]]
         there = states[i] != NONE
@@ -192,7 +192,9 @@ def blocks(rows: list, states: list) -> list:
 
 def numbers(x: float, y: float, values, step: float, limit: float) -> list:
     "The values themselves, where there are few enough."
-    return [Text(x + step * (c + 0.5), y, f"{v:.2g}", 11, "middle", ink_on(v, -limit, limit)) for c, v in enumerate(values)]
+    digits = 2 if len(values) <= 2 else 1
+    texts = [f"{round(float(v), digits) + 0.0:g}".replace("-", "−") for v in values]  # + 0.0: no minus in front of a zero
+    return [Text(x + step * (c + 0.5), y, t, 11, "middle", ink_on(values[c], -limit, limit)) for c, t in enumerate(texts)]
 
 
 def weight_bars(x: float, weights, rows: list) -> list:
@@ -281,7 +283,7 @@ def attention_panel(trace: Trace, step: int, view: View) -> Panel:
     if count > 1:
         shapes.append(Text(x, y + side + 12, f"grey is masked: j sees i ≤ P + j, with P = {first}", color=GREY))
     heads = trace.newest_weights(step, view.layer).float().numpy()
-    below, bottom = heads_rows(x, y + side + 50, cell, heads, shown, view.head)
+    below, bottom = heads_rows(x, y + side + 50, cell, heads, shown, view.head) if trace.n_head > 1 else ([], y + side + 24)
     alt = f"Attention of layer {view.layer}, head {view.head}: {here.S - first} of {here.S} rows computed."
     return Panel(max(x + side, 330) + 6, bottom, tuple(shapes + below), alt)
 
@@ -302,7 +304,7 @@ def attention_rows(x: float, y: float, cell: float, weights, shown: list, asked:
             shapes += [Text(x + cell * (c + 0.5), top + cell / 2, short(w), 9, "middle", ink_on(w, 0, 1)) for c, w in texts]
     frame = dict(stroke=STYLES[NEW][0], width=2.5, kind="asks")
     shapes.append(Box(x, y + cell * start, cell * len(columns), cell * (stop - start), **frame))
-    words = ["done in earlier steps,", "not asked for again"] if start >= 3 else ["done earlier"] if start >= 1 else []
+    words = ["done in earlier steps,", "not asked for again"] if start >= 3 and side > 150 else ["done earlier"] if start >= 1 else []
     middle = y + cell * start / 2 - 8 * (len(words) - 1)
     return shapes + [Text(x + side / 2, middle + 16 * n, word, anchor="middle", color=GREY) for n, word in enumerate(words)]
 
@@ -617,9 +619,9 @@ nav{display:flex;flex-wrap:wrap;gap:4px 18px;align-items:center;padding:8px 14px
 <label><input id="c" type="checkbox" checked> with the cache</label></nav><main></main><script>
 (async () => {
   const $ = id => document.getElementById(id), bytes = Uint8Array.from(atob("DATA"), c => c.charCodeAt(0));
-  const pages = JSON.parse(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text());
+  const {tags, pages} = JSON.parse(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text());
   const show = () => {
-    document.querySelector("main").innerHTML = pages[$("c").checked ? 0 : 1][$("s").value - 1];
+    document.querySelector("main").innerHTML = pages[$("s").value - 1][$("c").checked ? 0 : 1].map(n => tags[n]).join("<");
     try { frameElement.style.height = document.documentElement.offsetHeight + 4 + "px" } catch {}
   };
   $("b").onclick = () => { $("s").stepDown(); show() };
@@ -630,11 +632,19 @@ nav{display:flex;flex-wrap:wrap;gap:4px 18px;align-items:center;padding:8px 14px
 </script>"""
 
 
+def shared(pages: list) -> dict:
+    "Pages of HTML as a list of their different tags, and for each page the numbers of its own. Most tags occur in every step."
+    numbers = {}
+    pages = [[[numbers.setdefault(tag, len(numbers)) for tag in page.split("<")] for page in modes] for modes in pages]
+    return {"tags": list(numbers), "pages": pages}
+
+
 def frames(trace: Trace, view: View = View(), limit: int = 24) -> str:
     "The first `limit` steps, with the cache and without, as a page in a frame that needs neither a kernel nor a network."
     count = min(limit, len(trace.steps))
-    pages = [[html(trace, s, replace(view, cache=cache), style=False) for s in range(1, count + 1)] for cache in (True, False)]
-    data = base64.b64encode(zlib.compress(json.dumps(pages).encode(), 9)).decode()
+    modes = [replace(view, cache=cache) for cache in (True, False)]
+    pages = [[html(trace, s, mode, style=False) for mode in modes] for s in range(1, count + 1)]
+    data = base64.b64encode(zlib.compress(json.dumps(shared(pages)).encode(), 9)).decode()
     page = FRAMES.replace("STYLE", STYLE).replace("COUNT", str(count)).replace("DATA", data)
     return (
         "<p>Run this cell in Jupyter to step through the model that you have there.</p>"
