@@ -48,9 +48,9 @@ test: check
 benchmark: $(STAMP)
 	$(BIN)/kvcache-benchmark
 
-# No progress bars in what is committed: they hold times.
+# No progress bars in what is committed: they hold times. Widgets leave pictures, not their random ids.
 notebooks: $(STAMP)
-	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	KVCACHE_STATIC=1 TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.store_widget_state=False \
 	  --KernelManager.transport_encryption=auto $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
