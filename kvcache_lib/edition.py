@@ -11,7 +11,7 @@ __all__ = ['EXERCISES', 'NOTEBOOKS', 'PACKAGE', 'NO_CLASS', 'STUCK', 'EXPORT', '
            'check_exports', 'export', 'running_source', 'find_exercise', 'solution_cell', 'is_taken', 'take_solution',
            'solve', 'main']
 
-# %% ../nbs/tools/edition.ipynb #cell-2
+# %% ../nbs/tools/edition.ipynb #cell-3
 import argparse
 import ast
 import importlib.util
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import kvcache_lib
 
-# %% ../nbs/tools/edition.ipynb #cell-5
+# %% ../nbs/tools/edition.ipynb #cell-6
 @dataclass(frozen=True)
 class Exercise:
     "One exercise: the notebook and the class it is in, and for each blank method the check in kvcache_lib.checks."
@@ -51,7 +51,7 @@ EXERCISES = (
 NOTEBOOKS = ("00_named_tensors", "01_mingpt", "02_attention", "03_block", "04_gpt", "05_sort", "06_benchmark")
 PACKAGE = "my_kvcache"
 
-# %% ../nbs/tools/edition.ipynb #cell-7
+# %% ../nbs/tools/edition.ipynb #cell-8
 def read_notebook(path: Path) -> dict:
     """The notebook in a file, each cell's source joined to one string.
 
@@ -75,7 +75,7 @@ def course_notebook(stem: str) -> dict:
             return read_notebook(folder / f"{stem}.ipynb")
     raise FileNotFoundError(f"{stem}.ipynb is neither in {package / 'nbs'} nor in {package.parent / 'nbs'}")
 
-# %% ../nbs/tools/edition.ipynb #cell-10
+# %% ../nbs/tools/edition.ipynb #cell-11
 def is_exported(cell: dict) -> bool:
     "Whether the directive `#| export` stands at the top of a cell, where only directives and magics may stand above it."
     for line in cell["source"].splitlines() if cell["cell_type"] == "code" else ():
@@ -109,7 +109,7 @@ def class_cell(nb: dict, exercise: Exercise) -> int:
 
 NO_CLASS = "{0.notebook}.ipynb, as saved, has no cell that begins with `#| export` and defines the class {0.cls}"
 
-# %% ../nbs/tools/edition.ipynb #cell-13
+# %% ../nbs/tools/edition.ipynb #cell-14
 def blank(source: str, exercise: Exercise) -> str:
     "`source` with the bodies of the exercise's methods replaced by a NotImplementedError; docstrings stay."
     lines = source.split("\n")
@@ -123,7 +123,7 @@ def blank(source: str, exercise: Exercise) -> str:
         ]
     return "\n".join(lines)
 
-# %% ../nbs/tools/edition.ipynb #cell-16
+# %% ../nbs/tools/edition.ipynb #cell-17
 def text_cell(source: str) -> dict:
     return {"cell_type": "markdown", "metadata": {}, "source": source}
 
@@ -166,7 +166,7 @@ def mark_checks(nb: dict, exercise: Exercise) -> int:
         found += cells
     return max(found)
 
-# %% ../nbs/tools/edition.ipynb #cell-17
+# %% ../nbs/tools/edition.ipynb #cell-18
 STUCK = """\
 # Stuck, after both hints? Take away the # in front of the next line and run this cell.
 # from kvcache_lib.edition import take_solution; take_solution({n})"""
@@ -181,7 +181,7 @@ If you change your class later, do the same again, and restart the kernel of the
 
 TAKEN = "# Solution of exercise {n}, taken from the course."
 
-# %% ../nbs/tools/edition.ipynb #cell-19
+# %% ../nbs/tools/edition.ipynb #cell-20
 REPLACED = {
     "06_benchmark": (
         ("From a terminal: `make benchmark`, or `kvcache-benchmark`, or `python -m kvcache_lib.benchmark`.",
@@ -208,7 +208,7 @@ def replace_words(nb: dict, stem: str) -> None:
             raise ValueError(f"expected one cell of {stem}.ipynb to hold {old!r}, got {len(cells)}")
         cells[0]["source"] = cells[0]["source"].replace(old, new)
 
-# %% ../nbs/tools/edition.ipynb #cell-20
+# %% ../nbs/tools/edition.ipynb #cell-21
 def for_learner(source: str) -> str:
     "The source of a cell with the learner's modules in place of the course's, and no link to a notebook that isn't there."
     modules = "|".join(exercise.module for exercise in EXERCISES)
@@ -264,7 +264,7 @@ def learner_notebook(stem: str) -> dict:
         nb["cells"].insert(first, code_cell(source, nbgrader=locked("exports")))
     return nb
 
-# %% ../nbs/tools/edition.ipynb #cell-23
+# %% ../nbs/tools/edition.ipynb #cell-24
 SETTINGS = """\
 [DEFAULT]
 # The learner's edition of kvcache_lib, an nbdev project of its own.
@@ -319,7 +319,7 @@ before the others makes them fail too: begin with the first.
 **Handing in:** this folder, with your three notebooks saved.
 """
 
-# %% ../nbs/tools/edition.ipynb #cell-25
+# %% ../nbs/tools/edition.ipynb #cell-26
 def nbdev_export_notebooks(folder: Path, stems) -> None:
     "Export notebooks of an edition with nbdev. Raises RuntimeError with what nbdev says if it can't."
     if importlib.util.find_spec("nbdev") is None:
@@ -337,7 +337,7 @@ def write_notebook(path: Path, nb: dict) -> None:
     cells = [cell | {"id": f"cell-{i}", "source": cell["source"].splitlines(True)} for i, cell in enumerate(nb["cells"])]
     path.write_text(json.dumps(nb | {"cells": cells}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/tools/edition.ipynb #cell-26
+# %% ../nbs/tools/edition.ipynb #cell-27
 def made_by(folder: Path) -> str:
     "What made the edition in a folder, such as 'kvcache_lib 0.1.0'; '' if it is none."
     settings = Path(folder) / "settings.ini"
@@ -370,7 +370,7 @@ def make_edition(folder) -> Path:
     nbdev_export_notebooks(folder, [exercise.notebook for exercise in EXERCISES])
     return folder
 
-# %% ../nbs/tools/edition.ipynb #cell-31
+# %% ../nbs/tools/edition.ipynb #cell-32
 class NotExported(RuntimeError):
     "What runs, what is saved and what is exported differ. Jupyter shows the message alone: a traceback would say nothing more."
 
@@ -406,7 +406,7 @@ def check_exports(*modules: str) -> None:
                 f"then restart this notebook's kernel. (In a terminal, nbdev_export exports all notebooks.)"
             )
 
-# %% ../nbs/tools/edition.ipynb #cell-32
+# %% ../nbs/tools/edition.ipynb #cell-33
 def export(cls: type) -> None:
     """Export the notebook that defines the class `cls` of an exercise; to be called in it, in the edition's folder.
 
@@ -441,7 +441,7 @@ def running_source(method) -> str | None:
     except (OSError, TypeError, SyntaxError):
         return None
 
-# %% ../nbs/tools/edition.ipynb #cell-34
+# %% ../nbs/tools/edition.ipynb #cell-35
 def find_exercise(number: int) -> Exercise:
     "The exercise of that number. Raises ValueError if there is none."
     for exercise in EXERCISES:
@@ -461,7 +461,7 @@ def is_taken(nb: dict, exercise: Exercise) -> bool:
     "Whether a notebook holds the solution of the exercise, marked as taken."
     return any(is_exported(cell) and TAKEN.format(n=exercise.number) in cell["source"] for cell in nb["cells"])
 
-# %% ../nbs/tools/edition.ipynb #cell-35
+# %% ../nbs/tools/edition.ipynb #cell-36
 def take_solution(number: int) -> None:
     "Put the solution of an exercise into a new cell below the one that calls this."
     from IPython import get_ipython
@@ -497,7 +497,7 @@ def solve(number: int, folder) -> str:
         f"Your own cell is kept above it, as a raw cell. If the notebook is open: File → Reload Notebook from Disk."
     )
 
-# %% ../nbs/tools/edition.ipynb #cell-38
+# %% ../nbs/tools/edition.ipynb #cell-39
 def main(argv=None) -> None:
     "The command kvcache-exercises: write an edition, or take a solution in one."
     parser = argparse.ArgumentParser(prog="kvcache-exercises", description="Write the course with its exercises blank.")
