@@ -1,39 +1,45 @@
-"""What importing the package brings along."""
+"""What importing the package brings along. One fresh process imports the modules in reading order."""
 
+import json
 import subprocess
 import sys
+from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 
-MODELS = ("named", "mingpt", "attention", "block", "gpt", "sort", "benchmark")
+MODELS = ["named", "mingpt", "attention", "block", "gpt", "sort", "benchmark"]
+SCRIPT = """
+import importlib, json, sys
+import kvcache_lib
+seen = {}
+for name in %r:
+    importlib.import_module("kvcache_lib." + name)
+    seen[name] = [m for m in sys.modules if m.startswith("kvcache_lib.") or m in ("matplotlib", "ipywidgets", "IPython")]
+print(json.dumps([kvcache_lib.__version__, seen]))
+"""
 
 
-def python(code, cwd):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True
-    ).stdout.split()
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    "The version, and for each module what is loaded when it has been imported, after those before it."
+    command = [sys.executable, "-c", SCRIPT % MODELS]
+    ran = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=True)
+    return json.loads(ran.stdout)
 
 
-@pytest.mark.parametrize("module", MODELS)
-def test_a_models_module_imports_no_plots_and_no_widgets(module, tmp_path):
-    code = f"import sys, kvcache_lib.{module}; print(*(m for m in ('matplotlib', 'ipywidgets', 'IPython') if m in sys.modules))"
-    assert python(code, tmp_path) == []
+def test_a_models_module_imports_no_plots_and_no_widgets(imported):
+    loaded = imported[1][MODELS[-1]]
+    assert [m for m in loaded if not m.startswith("kvcache_lib.")] == []
 
 
-def test_imports_run_one_way(tmp_path):
-    "The baseline knows nothing of the cache; each exercise knows only those before it."
-    for i, module in enumerate(MODELS[:5]):
-        later = [f"kvcache_lib.{m}" for m in MODELS[i + 1 :]]
-        code = f"import sys, kvcache_lib.{module}; print(*(m for m in {later!r} if m in sys.modules))"
-        assert python(code, tmp_path) == []
+def test_imports_run_one_way(imported):
+    "The baseline knows nothing of the cache; each module knows only those before it."
+    for i, name in enumerate(MODELS):
+        assert set(imported[1][name]) <= {f"kvcache_lib.{m}" for m in MODELS[: i + 1]}
 
 
-def test_version_is_that_of_the_settings(tmp_path):
-    from configparser import ConfigParser
-    from pathlib import Path
-
+def test_version_is_that_of_the_settings(imported):
     settings = ConfigParser(delimiters=["="], interpolation=None)
     settings.read(Path(__file__).parents[1] / "settings.ini")
-    assert python("import kvcache_lib; print(kvcache_lib.__version__)", tmp_path) == [
-        settings["DEFAULT"]["version"]
-    ]
+    assert imported[0] == settings["DEFAULT"]["version"]
