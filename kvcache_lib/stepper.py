@@ -598,7 +598,7 @@ def filmstrip(trace: Trace, view: View = View(), steps=None) -> Image:
     view = replace(view, width=88, rows=min(view.rows, 12))
     steps = steps or key_steps(trace)
     panels = [cache_panel(trace, step, view) for step in steps]
-    w, h = panels[0].width / 90, (panels[0].height + 40) / 90  # inches
+    w, h = panels[0].width / 90, (panels[0].height + 62) / 90  # inches
     fig = Figure(figsize=(2 * w, h * math.ceil(len(steps) / 2)), dpi=90, facecolor="white", layout="constrained")
     for n, (step, panel) in enumerate(zip(steps, panels), 1):
         ax = fig.add_subplot(math.ceil(len(steps) / 2), 2, n)
