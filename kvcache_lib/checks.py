@@ -237,7 +237,9 @@ def _blame(below):
     try:
         check()
     except CheckFailed as e:
-        mistake = e.mistake if e.mistake.startswith("The mistake is in ") else f"The mistake is in {name}: {e.mistake}"
+        mistake = e.mistake
+        if not mistake.startswith("The mistake is in "):
+            mistake = f"The mistake is in {name}: {mistake}. Correct it there, export it, and restart this kernel."
         raise CheckFailed(mistake, e.failed, e.example) from e.__cause__
 
 
@@ -334,6 +336,8 @@ def _told_better(e, rich_call):
         rich_call()
     except CheckFailed as rich:
         e.mistake, e.__cause__ = rich.mistake, rich.__cause__
+        if rich.__cause__ is not None:
+            e.example = rich.example  # the one whose traceback is shown
 
 
 def _case(B, P, T):
@@ -469,6 +473,8 @@ def _layer_result(out, sizes, heads, y_name, dtype):
         raise CheckFailed(
             f"forward returns one tensor: it must return two things, {y_name} and the cache [k, v]", example=example
         )
+    if out is None:
+        raise CheckFailed("forward returns nothing: the `return` is missing", example=example)
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         got = f"{len(out)} things" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
         raise CheckFailed(
@@ -664,7 +670,7 @@ def _why_mask(layer, P, T):
     )
     with_later = _rows(later.any(dim=1).nonzero().flatten().tolist()) if later.any() else ""
     if P and torch.equal(seen, i <= j):
-        return f"the mask is not shifted: row j of your chunk saw only the tokens 0 to j, which are old ones; {shift}"
+        return f"the mask is not shifted: row j of your chunk (counted from 0) saw only the tokens 0 to j, which are old ones; {shift}"
     if P and not seen[:, :P].any():
         return (
             "the new tokens did not see the cache: put the cached keys and values in front of the new ones, and attend"
@@ -856,7 +862,7 @@ def _modes(layer):
     _layer_result(out, (2, 3, 2, layer.C), layer.config.n_head, layer.y_name, torch.float32)
     _mode_kept(layer.module, lambda module: module(layer.inputs(1, 2)))
     _note_dropout(layer)
-    _note_overflow(layer)
+    _note_bad_input(layer)
     return "both"
 
 
@@ -889,16 +895,28 @@ def _note_dropout(layer):
             )
 
 
-def _note_overflow(layer):
+def _note_bad_input(layer):
+    "What does not fit should be a ValueError."
     x = layer.inputs(1, BLOCK + 1)
+    cases = {
+        "more than block_size tokens": (x[:, BLOCK - 1 :], layer.cache(x[:, : BLOCK - 1])),
+        "no new token (T = 0)": (x[:, :0], layer.cache(x[:, :3])),
+        "a cache of another batch size": (x[:, 3:4], layer.cache(layer.inputs(2, 3))),
+    }
+    for what, (new, cache) in cases.items():
+        _note_unless_refused(layer.notes, what, lambda: layer.module()(new, cache))
+
+
+def _note_unless_refused(notes, what, call):
+    "Note it if a call with bad input raises neither ValueError nor TypeError."
     try:
-        layer.module()(x[:, BLOCK - 1 :], layer.cache(x[:, : BLOCK - 1]))
-    except ValueError:
+        call()
+    except (ValueError, TypeError):
         return
     except Exception as e:
-        layer.notes.append(f"more than block_size tokens should be a ValueError; yours is a {type(e).__name__}.")
+        notes.append(f"{what} should be a ValueError; yours is a {type(e).__name__}.")
     else:
-        layer.notes.append("more than block_size tokens should be a ValueError; yours returns something.")
+        notes.append(f"{what} should be a ValueError; yours returns something.")
 
 # %% ../nbs/tools/checks.ipynb #cell-32
 def _attention(
@@ -1639,17 +1657,12 @@ def _gpt_modes(m):
     "train and eval mode stay as they were"
     idx = m.tokens(1, 4)
     _mode_kept(m.model, lambda model: (model(idx), model(idx, kv_cache=[None] * m.n_layer)))
+    held = m.cache(m.tokens(1, 3))
     for t in (3, 2):
-        try:
-            m.model()(m.tokens(1, t), kv_cache=m.cache(m.tokens(1, 3)))
-        except ValueError:
-            continue
-        except Exception as e:
-            m.notes.append(
-                f"a cache that holds all of idx, or more, should be a ValueError; yours is a {type(e).__name__}."
-            )
-        else:
-            m.notes.append("a cache that holds all of idx, or more, should be a ValueError; yours returns something.")
+        what = "a cache that holds all of idx, or more,"
+        _note_unless_refused(m.notes, what, lambda: m.model()(m.tokens(1, t), kv_cache=held))
+    _note_unless_refused(m.notes, "a cache of another depth", lambda: m.model()(m.tokens(1, 4), kv_cache=held[:-1]))
+    _note_unless_refused(m.notes, "a text longer than the block", lambda: m.model()(m.tokens(1, BLOCK + 1)))
     return "with a cache and without"
 
 
@@ -1988,6 +2001,10 @@ def _prompt_kept(m):
     _must_be_unchanged({"idx": prompt}, before, "generate_kv(idx (2, 4), 3)")
     _mode_kept(m.model, lambda model: model.generate_kv(prompt, 3))
     _note_no_grad(m, prompt)
+    bad = {"temperature=0": dict(temperature=0.0), "top_k=0": dict(top_k=0), "max_new_tokens=-1": dict(max_new_tokens=-1)}
+    for what, settings in bad.items():
+        arguments = dict(max_new_tokens=2, do_sample=True) | settings
+        _note_unless_refused(m.notes, what, lambda: m.model().generate_kv(prompt, **arguments))
     return "idx; train and eval mode"
 
 

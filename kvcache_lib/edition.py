@@ -8,8 +8,8 @@ __all__ = ['EXERCISES', 'NOTEBOOKS', 'PACKAGE', 'NO_CLASS', 'STUCK', 'EXPORT', '
            'blank', 'text_cell', 'code_cell', 'locked', 'stuck_cell', 'export_cells', 'mark_checks', 'replace_words',
            'for_learner', 'clear_outputs', 'exercise_notebook', 'other_notebook', 'learner_notebook',
            'nbdev_export_notebooks', 'write_notebook', 'made_by', 'make_edition', 'NotExported', 'definitions',
-           'check_exports', 'export', 'running_source', 'find_exercise', 'solution_cell', 'is_taken', 'take_solution',
-           'solve', 'main']
+           'check_exports', 'export', 'first_mistake', 'running_source', 'find_exercise', 'solution_cell', 'is_taken',
+           'take_solution', 'solve', 'main']
 
 # %% ../nbs/tools/edition.ipynb #cell-3
 import argparse
@@ -168,7 +168,7 @@ def mark_checks(nb: dict, exercise: Exercise) -> int:
 
 # %% ../nbs/tools/edition.ipynb #cell-18
 STUCK = """\
-# Stuck, after both hints? Take away the # in front of the next line and run this cell.
+# Stuck, after the hints? Take away the # in front of the next line and run this cell.
 # from kvcache_lib.edition import take_solution; take_solution({n})"""
 
 EXPORT = """\
@@ -313,8 +313,8 @@ The exercises of the course `kvcache_lib`, made by version {version}. Your code 
 exercises alone.) It passes when all three exercises are solved. A notebook that fails \
 before the others makes them fail too: begin with the first.
 
-**Stuck?** Each exercise has two folded hints. Below it is a cell that gives you the solution, so that you can go on. \
-`kvcache-exercises --solve 1 .` does the same in a terminal. What you wrote is kept.
+**Stuck?** Each method has two folded hints. Below it is a cell that gives you the solution, so that you can go on. \
+`kvcache-exercises --solve 1 .` does the same in a terminal: save first, and what you have saved is kept.
 
 **Handing in:** this folder, with your three notebooks saved.
 """
@@ -430,7 +430,21 @@ def export(cls: type) -> None:
             )
     nbdev_export_notebooks(Path.cwd(), [exercise.notebook])
     following = NOTEBOOKS[NOTEBOOKS.index(exercise.notebook) + 1]
-    print(f"{PACKAGE}/{exercise.module}.py now holds your {exercise.cls}. Next: {following}.ipynb")
+    wrong = first_mistake(cls, exercise)
+    after = f"But its check does not pass yet: {wrong}" if wrong else f"Next: {following}.ipynb"
+    print(f"{PACKAGE}/{exercise.module}.py now holds your {exercise.cls}. {after}")
+
+
+def first_mistake(cls: type, exercise: Exercise) -> str:
+    "What the checks of an exercise say first of a class, on one line; '' if it passes."
+    from kvcache_lib import checks
+
+    try:
+        for check in exercise.checks.values():
+            getattr(checks, check)(cls)
+    except checks.CheckFailed as e:
+        return e.mistake
+    return ""
 
 
 def running_source(method) -> str | None:
