@@ -35,7 +35,7 @@ def test_committed_outputs(path):
 
 @by_name
 def test_no_path_of_a_machine(path):
-    here = [f"{folder}/" for folder in (ROOT.parent, Path.home(), tempfile.gettempdir(), "/home", "/Users")]
+    here = [f"{folder}/" for folder in (ROOT, Path.home(), tempfile.gettempdir(), "/home", "/Users")]
     assert [folder for folder in here if folder in path.read_text()] == []
 
 
