@@ -573,7 +573,7 @@ def _check_contents(layer, x, P, cache, example, where=""):
         ("you cache x itself: cache the keys and values that project makes of it", (x, x)),
         (
             "the keys in the cache are scaled: keep them as project returns them, and scale the scores",
-            (k / math.sqrt(layer.C // 3), v),
+            (k / math.sqrt(layer.C // layer.config.n_head), v),
         ),
     ]
     if P:

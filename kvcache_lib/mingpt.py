@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'GPTConfig', 'resolved', 'NewGELU', 'CausalSelfAttention', 'Block', 'next_token', 'check_tokens',
-           'check_generation', 'GPT', 'TrainerConfig', 'best_device', 'progress_bar', 'Trainer']
+           'check_whole', 'check_generation', 'GPT', 'TrainerConfig', 'best_device', 'progress_bar', 'Trainer']
 
 # %% ../nbs/01_mingpt.ipynb #cell-2
 import math
@@ -179,24 +179,27 @@ def check_tokens(idx: Tensor) -> None:
         )
 
 
+def check_whole(name: str, value, least: int) -> None:
+    "Raise TypeError or ValueError unless the setting called `name` is a whole number from `least` on."
+    if not isinstance(value, int):
+        raise TypeError(f"expected {name} to be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"expected {name} ≥ {least}, got {value}")
+
+
 def check_generation(
     idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, vocab_size: int
 ) -> None:
     "Raise TypeError or ValueError if `generate` cannot work with these arguments."
     check_tokens(idx)
-    if idx.min() < 0 or idx.max() >= vocab_size:
-        raise ValueError(
-            f"expected tokens from 0 to {vocab_size - 1}, got {idx.min().item()} to {idx.max().item()}"
-        )
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1)):
-        if name == "top_k" and value is None:
-            continue
-        if not isinstance(value, int):
-            raise TypeError(f"expected {name} to be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"expected {name} ≥ {least}, got {value}")
-    if top_k is not None and top_k > vocab_size:
-        raise ValueError(f"expected top_k ≤ {vocab_size}, the size of the vocabulary, got {top_k}")
+    low, high = (extreme.item() for extreme in idx.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"expected tokens from 0 to {vocab_size - 1}, got {low} to {high}")
+    check_whole("max_new_tokens", max_new_tokens, 0)
+    if top_k is not None:
+        check_whole("top_k", top_k, 1)
+        if top_k > vocab_size:
+            raise ValueError(f"expected top_k ≤ {vocab_size}, the size of the vocabulary, got {top_k}")
     if not temperature > 0:
         raise ValueError(
             f"expected temperature > 0, got {temperature} (for the likeliest token use do_sample=False)"
