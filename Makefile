@@ -9,13 +9,14 @@ NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab exercises test check benchmark notebooks export constraints clean
+.PHONY: help lab exercises test check benchmark ladder notebooks export constraints clean
 
 help:
 	@echo "make lab          open JupyterLab at the first notebook"
 	@echo "make exercises    write exercises/, the edition with blanks, if it isn't there; open it"
 	@echo "make test         check the exports, run every notebook and the test suite"
 	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
+	@echo "make ladder       measure the fast GPT beside transformers; rewrites ladder_results.txt"
 	@echo "make notebooks    run all notebooks in place, with their outputs, and clean them"
 	@echo "make export       write kvcache_lib/ from the notebooks"
 	@echo "make constraints  resolve the versions in constraints.txt anew"
@@ -47,6 +48,9 @@ test: check
 
 benchmark: $(STAMP)
 	$(BIN)/kvcache-benchmark
+
+ladder: $(STAMP)
+	$(BIN)/kvcache-benchmark --ladder
 
 # No progress bars in what is committed: they hold times. Widgets leave pictures, not their random ids.
 notebooks: $(STAMP)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'CONTEXTS', 'VOCAB_SIZE', 'BLOCK_SIZE', 'model_pair', 'step_pair', 'interleaved', 'summary', 'measure',
-           'check_arguments', 'environment', 'format_results', 'write_whole', 'check_writable', 'report', 'main']
+           'check_device', 'check_arguments', 'environment', 'format_results', 'write_whole', 'check_writable',
+           'report', 'main']
 
 # %% ../nbs/06_benchmark.ipynb #cell-2
 import argparse
@@ -113,14 +114,8 @@ def measure(
     return result
 
 
-def check_arguments(models, contexts, device, seconds):
-    "Raise ValueError if `measure` cannot work with these."
-    for model_type in models:
-        if model_type not in PRESETS:
-            raise ValueError(f"unknown model {model_type!r}, expected one of {', '.join(PRESETS)}")
-    for T in contexts:
-        if not 2 <= T <= BLOCK_SIZE:
-            raise ValueError(f"expected contexts from 2 to {BLOCK_SIZE} tokens, got {T}")
+def check_device(device):
+    "Raise ValueError unless this device is there."
     there = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
@@ -130,6 +125,17 @@ def check_arguments(models, contexts, device, seconds):
         raise ValueError(
             f"expected device to be one of {', '.join(d for d in there if there[d])}, got {device!r}"
         )
+
+
+def check_arguments(models, contexts, device, seconds):
+    "Raise ValueError if `measure` cannot work with these."
+    for model_type in models:
+        if model_type not in PRESETS:
+            raise ValueError(f"unknown model {model_type!r}, expected one of {', '.join(PRESETS)}")
+    for T in contexts:
+        if not 2 <= T <= BLOCK_SIZE:
+            raise ValueError(f"expected contexts from 2 to {BLOCK_SIZE} tokens, got {T}")
+    check_device(device)
     if not models or not contexts or not seconds > 0:
         raise ValueError(
             f"expected a model, a context and seconds > 0, got {models}, {contexts} and {seconds}"
@@ -228,9 +234,16 @@ def main(argv=None) -> int:
         prog="kvcache-benchmark", description="One step of generation, with a KV cache and without."
     )
     parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="measure the fast GPT of notebook 09 beside transformers and a floor; about twenty minutes, 8 GB",
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="with --ladder: also with torch.compile"
+    )
+    parser.add_argument(
         "--out",
-        default="benchmark_results.txt",
-        help="the results file; a .json is written beside it",
+        help="the results file, default benchmark_results.txt or ladder_results.txt; a .json is written beside it",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument(
@@ -251,23 +264,35 @@ def main(argv=None) -> int:
         help="for each model and context (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    beside = out.parent / f"{out.stem}.json"
+    out = Path(args.out or ("ladder_results.txt" if args.ladder else "benchmark_results.txt"))
+    kinds = ("json", "svg") if args.ladder else ("json",)
+    paths = [out, *(out.parent / f"{out.stem}.{kind}" for kind in kinds)]
     try:
-        if out == beside:
+        if out in paths[1:]:
             raise ValueError(
-                f"expected --out not to end on .json, which is written beside it, got {out}"
+                f"expected --out not to end on {out.suffix}, which is written beside it, got {out}"
             )
-        check_writable(out, beside)
-        result = measure(args.models, args.contexts, args.device, args.seconds)
-        text = format_results(result)
-        write_whole({out: text, beside: json.dumps(result, indent=1) + "\n"})
+        if args.compiled and not args.ladder:
+            raise ValueError("expected --compiled together with --ladder")
+        check_writable(*paths)
+        if args.ladder:
+            from kvcache_lib.ladder import ladder_files  # only here: it stands on this module
+
+            texts = ladder_files(
+                args.models, args.contexts, args.device, args.seconds, args.compiled
+            )
+            said = texts[0]
+        else:
+            result = measure(args.models, args.contexts, args.device, args.seconds)
+            texts = [format_results(result), json.dumps(result, indent=1) + "\n"]
+            said = texts[0] + report(result) + "\n"
+        write_whole(dict(zip(paths, texts)))
     except ValueError as e:
         parser.error(str(e))
     except KeyboardInterrupt:
         print(f"\ninterrupted; {out} is as it was", file=sys.stderr)
         return 130
-    print(text + report(result) + f"\nwritten: {out}, {beside}")
+    print(f"{said}written: {', '.join(map(str, paths))}")
     return 0
 
 # %% ../nbs/06_benchmark.ipynb #cell-22

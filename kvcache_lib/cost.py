@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .benchmark import CONTEXTS, MODELS, check_arguments, environment, interleaved, summary
+from .benchmark import check_device, environment, interleaved, summary
 from .mingpt import best_device, check_whole, resolved
 from .named import layer_cost
 
@@ -58,7 +58,9 @@ def cache_bytes(config, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
     check_whole("batch", batch, 1)
     check_whole("itemsize", itemsize, 1)
     if tokens > config.block_size:
-        raise ValueError(f"expected at most {config.block_size} tokens, the block size, got {tokens}")
+        raise ValueError(
+            f"expected at most {config.block_size} tokens, the block size, got {tokens}"
+        )
     return 2 * config.n_layer * tokens * config.n_embd * itemsize * batch
 
 # %% ../nbs/08_cost.ipynb #cell-10
@@ -82,7 +84,11 @@ def step_cost(
     """
     c = resolved(config)
     cache = cache_bytes(c, seq, batch, itemsize)
-    for name, value, least in (("new", new, 1), ("cache_passes", cache_passes, 0), ("score_passes", score_passes, 0)):
+    for name, value, least in (
+        ("new", new, 1),
+        ("cache_passes", cache_passes, 0),
+        ("score_passes", score_passes, 0),
+    ):
         check_whole(name, value, least)
     if new > seq:
         raise ValueError(f"expected new ≤ seq, got new={new} and seq={seq}")
@@ -127,7 +133,9 @@ def measure_machine(device: str = "auto", dtype=torch.float32, seconds: float = 
     Raises ValueError for a device that is not there, another dtype, and seconds ≤ 0.
     """
     device = best_device() if device == "auto" else device
-    check_arguments(MODELS, CONTEXTS, device, seconds)
+    check_device(device)
+    if not seconds > 0:
+        raise ValueError(f"expected seconds > 0, got {seconds}")
     if not getattr(dtype, "is_floating_point", False):
         raise ValueError(f"expected a floating-point dtype, got {dtype}")
     size, width = (2**28, 1024) if device == "cpu" else (2**30, 4096)  # bytes; rows and columns

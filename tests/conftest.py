@@ -1,12 +1,16 @@
 import pytest
 import torch
 
+from kvcache_lib.fast import GPT_fast
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPT, GPTConfig
 
 
-def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=0):
-    """A GPT_kv and a GPT with the same weights, float64, eval.
+CACHED = (GPT_kv, GPT_fast)  # what one promises, the other keeps
+
+
+def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=0, cached_class=GPT_kv):
+    """A GPT with a cache and a GPT without, with the same weights, float64, eval.
 
     The weights are large, and no bias or norm is trivial: otherwise a wrong mask or position hides in the rounding.
     """
@@ -14,7 +18,7 @@ def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=
         n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size, block_size=block_size
     )
     generator = torch.Generator().manual_seed(seed)
-    cached, plain = GPT_kv(config).eval().double(), GPT(config).eval().double()
+    cached, plain = cached_class(config).eval().double(), GPT(config).eval().double()
     with torch.no_grad():
         for p in cached.parameters():
             p.add_(0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -22,9 +26,9 @@ def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=
     return cached, plain
 
 
-@pytest.fixture(scope="session")
-def pair():
-    return make_pair()
+@pytest.fixture(scope="session", params=CACHED, ids=lambda c: c.__name__)
+def pair(request):
+    return make_pair(cached_class=request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_pair
+from conftest import CACHED, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import gpt2_logits
 
 from kvcache_lib.attention import CausalSelfAttention_kv
 from kvcache_lib.block import Block_kv
+from kvcache_lib.fast import Block_fast, CausalSelfAttention_fast
 from kvcache_lib.mingpt import Block, CausalSelfAttention, GPTConfig
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -30,13 +31,16 @@ def run_chunks(step, length_of, chunks):
     return torch.cat(rows, dim=1), caches
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize(
+    "classes", [(CausalSelfAttention_kv, Block_kv), (CausalSelfAttention_fast, Block_fast)]
+)
+@settings(max_examples=40, deadline=None)
 @given(chunks=partitions, B=st.integers(1, 3), n_head=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 999))
-def test_attention_and_block_in_chunks(chunks, B, n_head, seed):
+def test_attention_and_block_in_chunks(classes, chunks, B, n_head, seed):
     torch.manual_seed(seed)
     config = GPTConfig(n_layer=1, n_head=n_head, n_embd=8, vocab_size=11, block_size=16)
     x = torch.randn(B, sum(chunks), 8, dtype=torch.float64)
-    for cached_class, plain_class in ((CausalSelfAttention_kv, CausalSelfAttention), (Block_kv, Block)):
+    for cached_class, plain_class in zip(classes, (CausalSelfAttention, Block)):
         cached, plain = cached_class(config).eval().double(), plain_class(config).eval().double()
         with torch.no_grad():
             for p in cached.parameters():
@@ -48,11 +52,12 @@ def test_attention_and_block_in_chunks(chunks, B, n_head, seed):
         torch.testing.assert_close(rows, plain(x), **CLOSE)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("cached_class", CACHED)
+@settings(max_examples=40, deadline=None)
 @given(chunks=partitions, B=st.integers(1, 3), shape=shapes, seed=st.integers(0, 999))
-def test_gpt_in_chunks_equals_an_independent_gpt2(chunks, B, shape, seed):
+def test_gpt_in_chunks_equals_an_independent_gpt2(cached_class, chunks, B, shape, seed):
     n_layer, n_head = shape
-    cached, plain = make_pair(n_layer=n_layer, n_head=n_head, seed=seed)
+    cached, plain = make_pair(n_layer=n_layer, n_head=n_head, seed=seed, cached_class=cached_class)
     idx = torch.randint(11, (B, sum(chunks)), generator=torch.Generator().manual_seed(seed))
 
     def step(start, stop, cache):
@@ -67,9 +72,10 @@ def test_gpt_in_chunks_equals_an_independent_gpt2(chunks, B, shape, seed):
     )
 
 
-def test_gpt_in_chunks_equals_transformers():
+@pytest.mark.parametrize("cached_class", CACHED)
+def test_gpt_in_chunks_equals_transformers(cached_class):
     transformers = pytest.importorskip("transformers")
-    cached, _ = make_pair(n_layer=3, n_head=4)
+    cached, _ = make_pair(n_layer=3, n_head=4, cached_class=cached_class)
     config = transformers.GPT2Config(
         vocab_size=11, n_positions=16, n_embd=8, n_layer=3, n_head=4, activation_function="gelu_new",
         embd_pdrop=0, resid_pdrop=0, attn_pdrop=0, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,

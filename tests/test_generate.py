@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_pair
+from conftest import CACHED, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,8 @@ def both(pair, prompt, tokens, **options):
     return texts
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("cached_class", CACHED)
+@settings(max_examples=30, deadline=None)
 @given(
     B=st.integers(1, 4),
     t=st.integers(1, 20),
@@ -29,8 +30,10 @@ def both(pair, prompt, tokens, **options):
     do_sample=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_generate_kv_writes_what_generate_writes(B, t, tokens, temperature, top_k, do_sample, seed):
-    pair = make_pair(seed=seed)
+def test_generate_kv_writes_what_generate_writes(
+    cached_class, B, t, tokens, temperature, top_k, do_sample, seed
+):
+    pair = make_pair(seed=seed, cached_class=cached_class)
     prompt = torch.randint(11, (B, t), generator=torch.Generator().manual_seed(seed))
     before = prompt.clone()
     got, want = both(pair, prompt, tokens, temperature=temperature, top_k=top_k, do_sample=do_sample)
@@ -39,9 +42,10 @@ def test_generate_kv_writes_what_generate_writes(B, t, tokens, temperature, top_
 
 
 @pytest.mark.skipif(best_device() == "cpu", reason="no CUDA or Apple GPU")
-def test_on_an_accelerator():
+@pytest.mark.parametrize("cached_class", CACHED)
+def test_on_an_accelerator(cached_class):
     device = best_device()
-    cached, plain = (model.float().to(device) for model in make_pair())
+    cached, plain = (model.float().to(device) for model in make_pair(cached_class=cached_class))
     prompt = torch.randint(11, (2, 5), device=device)
     for options in ({}, {"do_sample": True, "top_k": 5}):
         got, want = both((cached, plain), prompt, 20, **options)
@@ -86,8 +90,9 @@ def test_a_second_call_starts_afresh(pair):
     assert torch.equal(got, want)
 
 
-def test_mode_and_gradients_are_left_alone(pair):
-    model, _ = make_pair()
+@pytest.mark.parametrize("cached_class", CACHED)
+def test_mode_and_gradients_are_left_alone(cached_class):
+    model, _ = make_pair(cached_class=cached_class)
     for mode in (True, False):
         model.train(mode)
         assert not model.generate_kv(torch.zeros(1, 2, dtype=torch.long), 2).requires_grad

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-MODELS = ["named", "mingpt", "attention", "block", "gpt", "sort", "benchmark"]
+MODELS = ["named", "mingpt", "attention", "block", "gpt", "sort", "benchmark", "cost", "fast", "ladder"]
 SCRIPT = """
 import importlib, json, sys
 import kvcache_lib

@@ -9,9 +9,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_from_another_folder(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
+def test_the_examples_run_in_order_from_another_folder(tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(examples) == 2
+    subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=tmp_path, check=True)
 
 
 def test_links_lead_somewhere():

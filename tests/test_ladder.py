@@ -1,0 +1,155 @@
+"""The ladder's contestants, its ratios, its files. Not one test looks at a time."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvcache_lib import benchmark, ladder
+from kvcache_lib.cost import cache_bytes, step_cost
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--ladder", "--device", "cpu", "--models", "gpt-nano", "--contexts", "16", "--seconds", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    "The contestants in float64, without the one in bfloat16."
+    models = ladder.Contestants("gpt-nano")
+    for model in filter(None, (models.plain, models.kv, models.fast, models.peer)):
+        model.double()
+    models.half = None
+    return models
+
+
+@pytest.mark.parametrize("B,T", [(1, 2), (3, 40)])
+def test_all_who_decode_predict_the_same_again_and_again(models, B, T):
+    steps = ladder.decode_steps(models, B, T)
+    want = models.plain(models.tokens(B, T))[0][:, -1].detach()
+    compared = [name for name in steps if not name.startswith(("floor", "bytes"))]
+    assert len(compared) == (6 if ladder.has_transformers() else 4)
+    for name in compared:
+        for _ in range(3):  # each leaves its cache as it was
+            with torch.no_grad():
+                torch.testing.assert_close(steps[name](), want, rtol=1e-9, atol=1e-9)
+
+
+def test_all_who_prefill_predict_the_same(models, monkeypatch):
+    monkeypatch.setattr(models, "half", models.fast)
+    want = models.plain(models.tokens(2, 30))[0][:, -1].detach()
+    for name, step in ladder.prefill_steps(models, 2, 30).items():
+        if not name.startswith(("floor", "bytes")):
+            with torch.no_grad():
+                torch.testing.assert_close(step(), want, rtol=1e-9, atol=1e-9)
+
+
+def test_all_who_generate_write_the_same(models, monkeypatch):
+    monkeypatch.setattr(models, "half", models.fast)
+    want = models.plain.generate(models.tokens(2, 16), 30)
+    for name, step in ladder.generations(models, 2, 30).items():
+        assert torch.equal(step(), want), name
+
+
+@pytest.mark.parametrize("B,T,rows", [(1, 50, 1), (3, 20, 20)])
+def test_the_floor_multiplies_every_weight_and_reads_the_whole_cache(models, B, T, rows):
+    config, read = models.kv.config, []
+    floor, bytes_ = ladder.floor_steps(models.kv, B, T, rows).values()
+    cost = step_cost(config, rows, T, B, itemsize=8, all_logits=True)
+    with FlopCounterMode(display=False) as counter:
+        floor()
+    assert counter.get_total_flops() == 2 * (cost.linear_macs + cost.logits_macs)
+
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.sum.default:
+                read.append(args[0].nbytes)
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        floor()
+    assert read == [cache_bytes(config, T, B, itemsize=8)]
+    with Reads():
+        bytes_()
+    assert sum(read[1:]) == cost.weight_bytes + cost.cache_bytes
+
+
+def test_ratios_are_those_of_the_medians():
+    steps = {name: lambda: torch.zeros(1) for name in ("GPT_kv", "GPT_fast", ladder.PEER, ladder.FLOOR)}
+    steps["other"] = lambda: torch.zeros(2)
+    steps["GPT_fast"] = lambda: torch.full((1,), 0.5)
+    rows = {row["name"]: row for row in ladder.group(steps, seconds=0.01, device="cpu")}
+    for row in rows.values():
+        assert row["vs_transformers"] == row["median"] / rows[ladder.PEER]["median"]
+        assert row["vs_floor"] == row["median"] / rows[ladder.FLOOR]["median"]
+    assert (rows["GPT_fast"]["error"], rows["GPT_kv"]["error"], rows["other"]["error"]) == (0.5, 0.0, None)
+
+
+def test_memory_and_operations_are_counted():
+    x, kept = torch.rand(100, 100), []
+    for step, tensors in (
+        (lambda: [x + 1 for _ in range(3)], 3),
+        (lambda: [None for _ in range(3) if (x + 1) is None], 1),  # each is given back before the next
+        (lambda: kept.append(x + 1), 1),
+    ):
+        assert tensors * x.nbytes <= ladder.peak_bytes(step) < tensors * x.nbytes + 100  # PyTorch's own scalars
+    calls = {name: n for name, (n, _) in ladder.operation_times(lambda: (x @ x) + x + x).items()}
+    assert (calls["aten::mm"], calls["aten::add"]) == (1, 2)
+
+
+def test_the_command_writes_three_files(tmp_path, capsys):
+    assert benchmark.main([*QUICK, "--out", str(tmp_path / "l.txt")]) == 0
+    text, result = (tmp_path / "l.txt").read_text(), json.loads((tmp_path / "l.json").read_text())
+    assert text == ladder.format_ladder(result) and text in capsys.readouterr().out
+    assert (tmp_path / "l.svg").read_text().count("</svg>") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["l.json", "l.svg", "l.txt"]
+    groups = [(g["kind"], g["batch"]) for g in result["groups"]]
+    assert groups == [(kind, B) for kind in ("decode", "prefill", "generate") for B in (1, 8)]
+
+
+def test_without_transformers_its_rows_are_left_out(monkeypatch):
+    monkeypatch.setattr(ladder, "has_transformers", lambda: False)
+    result = ladder.measure_ladder(("gpt-nano",), (8,), "cpu", 0.01, batches=(1,))
+    rows = [row for g in result["groups"] for row in g["rows"]]
+    assert rows and not any("transformers" in row["name"] for row in rows)
+    assert result["transformers"] is None and all(row["vs_transformers"] is None for row in rows)
+    assert "GPT_fast" in ladder.format_ladder(result)
+    ladder.draw_ladder(result)
+
+
+def test_too_many_tokens_at_once_are_left_out(monkeypatch):
+    monkeypatch.setattr(ladder, "AT_ONCE", 16)
+    monkeypatch.setattr(ladder, "NEW_TOKENS", 2)
+    result = ladder.measure_ladder(("gpt-nano",), (8, 12), "cpu", 0.01, batches=(2,))
+    names = {(g["kind"], g["T"]): [row["name"] for row in g["rows"]] for g in result["groups"]}
+    assert list(names) == [("decode", 8), ("decode", 12), ("prefill", 8), ("generate", 2)]
+    assert names["decode", 8][0].startswith("no cache") and names["decode", 12][0] == "GPT_kv"
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        ([*QUICK, "--out", "l.svg"], "not to end on .svg"),
+        ([*QUICK, "--out", "l.json"], "not to end on .json"),
+        ([*QUICK, "--models", "gpt3"], "unknown model 'gpt3'"),
+        ([*QUICK, "--contexts", "2049"], "contexts from 2 to 2048 tokens, got 2049"),
+        (QUICK[1:] + ["--compiled"], "--compiled together with --ladder"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ladder, "Contestants", lambda *args: pytest.fail("a model was built"))
+    with pytest.raises(SystemExit):
+        benchmark.main(arguments)
+    assert re.search(says, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_committed_results_belong_together():
+    result = json.loads((ROOT / "ladder_results.json").read_text())
+    assert (ROOT / "ladder_results.txt").read_text() == ladder.format_ladder(result)
+    decoded = [(g["model_type"], g["batch"], g["T"]) for g in result["groups"] if g["kind"] == "decode"]
+    assert decoded == [(m, B, T) for m in benchmark.MODELS for B in ladder.BATCHES for T in benchmark.CONTEXTS]
+    assert {row["name"] for g in result["groups"] for row in g["rows"]} >= {"GPT_fast", ladder.PEER, ladder.FLOOR}
