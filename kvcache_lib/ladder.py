@@ -50,7 +50,7 @@ def transformers_gpt2(model):
     c = model.config
     config = transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function="gelu_new", tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        activation_function="gelu_new", tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     peer = transformers.GPT2LMHeadModel(config)
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

@@ -94,12 +94,15 @@ def test_memory_and_operations_are_counted():
         (lambda: [None for _ in range(3) if (x + 1) is None], 1),  # each is given back before the next
         (lambda: kept.append(x + 1), 1),
     ):
-        assert tensors * x.nbytes <= ladder.peak_bytes(step) < tensors * x.nbytes + 100  # PyTorch's own scalars
+        assert (
+            tensors * x.nbytes <= ladder.peak_bytes(step) < tensors * x.nbytes + 100
+        )  # PyTorch's own scalars
     calls = {name: n for name, (n, _) in ladder.operation_times(lambda: (x @ x) + x + x).items()}
     assert (calls["aten::mm"], calls["aten::add"]) == (1, 2)
 
 
-def test_the_command_writes_three_files(tmp_path, capsys):
+def test_the_command_writes_three_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
     assert benchmark.main([*QUICK, "--out", str(tmp_path / "l.txt")]) == 0
     text, result = (tmp_path / "l.txt").read_text(), json.loads((tmp_path / "l.json").read_text())
     assert text == ladder.format_ladder(result) and text in capsys.readouterr().out
@@ -111,6 +114,7 @@ def test_the_command_writes_three_files(tmp_path, capsys):
 
 def test_without_transformers_its_rows_are_left_out(monkeypatch):
     monkeypatch.setattr(ladder, "has_transformers", lambda: False)
+    monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
     result = ladder.measure_ladder(("gpt-nano",), (8,), "cpu", 0.01, batches=(1,))
     rows = [row for g in result["groups"] for row in g["rows"]]
     assert rows and not any("transformers" in row["name"] for row in rows)
@@ -151,5 +155,11 @@ def test_the_committed_results_belong_together():
     result = json.loads((ROOT / "ladder_results.json").read_text())
     assert (ROOT / "ladder_results.txt").read_text() == ladder.format_ladder(result)
     decoded = [(g["model_type"], g["batch"], g["T"]) for g in result["groups"] if g["kind"] == "decode"]
-    assert decoded == [(m, B, T) for m in benchmark.MODELS for B in ladder.BATCHES for T in benchmark.CONTEXTS]
-    assert {row["name"] for g in result["groups"] for row in g["rows"]} >= {"GPT_fast", ladder.PEER, ladder.FLOOR}
+    assert decoded == [
+        (m, B, T) for m in benchmark.MODELS for B in ladder.BATCHES for T in benchmark.CONTEXTS
+    ]
+    assert {row["name"] for g in result["groups"] for row in g["rows"]} >= {
+        "GPT_fast",
+        ladder.PEER,
+        ladder.FLOOR,
+    }
