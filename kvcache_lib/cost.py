@@ -108,7 +108,7 @@ def step_cost(
 # %% ../nbs/08_cost.ipynb #cell-19
 @dataclass(frozen=True)
 class Machine:
-    "What a machine can do at the most. Raises ValueError for rates that are not above 0."
+    "What a machine did, in the median of some runs. Raises ValueError for rates that are not above 0."
 
     name: str
     bandwidth: float  # bytes read in a second
@@ -171,7 +171,7 @@ def balanced_batch(config, seq: int, machine: Machine, itemsize: int = 4, **pass
     each = two.bytes - one.bytes  # what one more text reads and writes
     shared = (one.bytes - each) / machine.bandwidth  # seconds, whatever the batch
     gained = one.macs / machine.rate - each / machine.bandwidth  # seconds, for each text
-    return max(1, -int(-shared // gained)) if gained > 0 else None
+    return max(1, -int(-shared // gained)) if gained > 0 else None  # rounded up
 
 # %% ../nbs/08_cost.ipynb #cell-39
 class _OperationCounter(TorchDispatchMode):

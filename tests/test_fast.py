@@ -1,6 +1,6 @@
 """What KVBuffer and GPT_fast add. What they share with GPT_kv is in test_cache and test_generate."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -157,7 +157,7 @@ def test_a_full_buffer_says_so_and_keeps_its_contents(models):
         model(text, kv_cache=buffer)
     with pytest.raises(ValueError, match="full: it holds 6 tokens and may hold 6, not 7"):
         buffer.append(random_kv(1))
-    with pytest.raises(ValueError, match="full: it holds 0 tokens and may hold 6, not 9"):
+    with pytest.raises(ValueError, match="full: it holds 6 tokens and may hold 6, not 9"):
         model(text, kv_cache=buffer, compute_first=True)
     assert buffer.length == 6 and buffer.data is data
     torch.testing.assert_close(buffer.to_lists(), before, **EXACT)
@@ -206,6 +206,28 @@ def test_lists_and_back(models):
     torch.testing.assert_close(model(text, kv_cache=buffer)[0], want, **CLOSE)
 
 
+def test_no_history_is_kept(models):
+    model, _ = models
+    text = tokens(7)
+    _, _, lists = model(text, kv_cache=[None] * N_LAYER)
+    assert lists[0][0].requires_grad
+    buffer = KVBuffer.from_lists(lists, model.config, capacity=7)
+    buffer.append(random_kv(2).requires_grad_())
+    for kept in (buffer, buffer.fork()):
+        assert not kept.data.requires_grad and not kept.to_lists()[0][0].requires_grad
+
+
+def test_made_or_grown_in_inference_mode_it_works_outside(models):
+    model, _ = models
+    with torch.inference_mode():
+        buffer = model.new_buffer(B, capacity=2)
+        model(tokens(5), kv_cache=buffer)
+        fork = buffer.fork()
+    for kept in (buffer, fork):
+        kept.append(random_kv(3))
+        assert kept.length == 8
+
+
 def test_with_one_head_too_the_lists_share_nothing():
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=11, block_size=16)
     buffer = KVBuffer(config, batch_size=1)
@@ -251,6 +273,12 @@ def test_what_a_buffer_refuses(models):
             ValueError,
             "got None: an empty cache is KVBuffer",
         ),
+        (lambda: buffer.extend(-2).__enter__(), ValueError, "n ≥ 0, got -2"),
+        (lambda: buffer.extend(1.5).__enter__(), TypeError, "n to be a whole number, got 1.5"),
+        (lambda: buffer.append(random_kv(2)[0, 0]), ValueError, "expected keys and values of shape"),
+        (lambda: models[0].step(tokens(3), [None] * 2), TypeError, "expected a KVBuffer, got list"),
+        (lambda: models[0].step(tokens(9).to("meta"), buffer), ValueError, "idx on cpu, .* got it on meta"),
+        (lambda: of(n_embd=10, n_head=3), ValueError, "n_head must divide n_embd, got 3 and 10"),
         (lambda: KVBuffer.from_lists([], config), ValueError, "2 entries, one for each layer, got 0"),
         (lambda: KVBuffer.from_lists(before[0][0], config), TypeError, "a list of 2 entries.* got Tensor"),
         (lambda: KVBuffer.from_lists([[1, 2]] * 2, config), TypeError, "of tensors, got list"),
@@ -276,7 +304,7 @@ def test_what_a_buffer_refuses(models):
 # --- the model with a buffer ---
 
 
-def of(config=None, batch=B, dtype=torch.float64, device=None, **changes):
+def of(batch=B, dtype=torch.float64, device=None, **changes):
     config = GPTConfig(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -357,19 +385,12 @@ def test_two_threads_each_with_its_own_buffer(models):
     model, plain = models
     prompts = [tokens(n, batch=1) for n in (3, 7)]
     wants = [plain.generate(p, 20) for p in prompts]
-    wrong = []
 
-    def write(prompt, want):
-        for _ in range(10):
-            if not torch.equal(model.generate_kv(prompt, 20), want):
-                wrong.append(prompt)
+    def all_right(prompt, want):
+        return all(torch.equal(model.generate_kv(prompt, 20), want) for _ in range(10))
 
-    threads = [threading.Thread(target=write, args=both) for both in zip(prompts, wants)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(all_right, prompts, wants)) == [True, True]
 
 
 def test_a_decode_step_allocates_the_same_at_every_length():
@@ -383,7 +404,7 @@ def test_a_decode_step_allocates_the_same_at_every_length():
             _, _, lists = model(text[:, :-1], kv_cache=[None] * 3)
         model.step(text[:, :-1], buffer)
         peaks[T] = [
-            peak_bytes(lambda: model.step(text, buffer)),
+            peak_bytes(lambda: (buffer.crop(T - 1), model.step(text, buffer))),
             peak_bytes(lambda: torch.no_grad()(model)(text, kv_cache=lists)),
         ]
     (ours, lists), (ours_long, lists_long) = peaks[600], peaks[2000]
@@ -426,6 +447,12 @@ def test_wide_layers_in_float32_equal_float64():
     got = torch.cat([model.step(text[:, :stop], buffer)[0] for stop in (17, 18, 19, 40)], dim=1)
     want = model.double()(text)[0].detach()
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_reaches_the_wide_layers_too():
+    layer, x = torch.nn.Linear(512, 768), torch.randn(1, 1, 512)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fast.linear(x, layer).dtype == layer(x).dtype == torch.bfloat16
 
 
 def test_bfloat16_weights_take_half_and_stay_close():

@@ -97,6 +97,12 @@ def test_memory_and_operations_are_counted():
         assert (
             tensors * x.nbytes <= ladder.peak_bytes(step) < tensors * x.nbytes + 100
         )  # PyTorch's own scalars
+    replaced = [x + 1]
+    assert (
+        ladder.peak_bytes(lambda: replaced.__setitem__(0, x + 1)) < 2 * x.nbytes
+    )  # the old one is given back
+    ran = []
+    assert ladder.peak_bytes(lambda: ran.append(1), device="mps") is None and ran == [1]
     calls = {name: n for name, (n, _) in ladder.operation_times(lambda: (x @ x) + x + x).items()}
     assert (calls["aten::mm"], calls["aten::add"]) == (1, 2)
 
