@@ -261,7 +261,7 @@ def main(argv=None) -> int:
         "--seconds",
         default=5.0,
         type=float,
-        help="for each model and context (default: %(default)s)",
+        help="for each model and context, with --ladder for each group (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     out = Path(args.out or ("ladder_results.txt" if args.ladder else "benchmark_results.txt"))
