@@ -394,7 +394,9 @@ SHOWN = ("GPT_kv", PEER, "GPT_fast", FLOOR)  # four lines can be told apart
 
 def draw_ladder(result: dict):
     "A figure of the decode steps: a panel for each model and batch, the time over the context. Returns the figure."
-    from kvcache_lib.plots import DASHES, LINES, MARKERS, figure  # only here: timing needs no plots
+    from matplotlib.ticker import LogLocator, NullFormatter  # only here: timing needs no plots
+
+    from kvcache_lib.plots import DASHES, LINES, MARKERS, figure
 
     groups = [g for g in result["groups"] if g["kind"] == "decode"]
     panels = list(dict.fromkeys((g["model_type"], g["batch"]) for g in groups))
@@ -409,6 +411,9 @@ def draw_ladder(result: dict):
                         label=name.split(":")[0])  # fmt: skip
         ax.set(title=f"{panel[0]}, batch {panel[1]}", xlabel="context T (tokens)", yscale="log")
         ax.locator_params(axis="x", nbins=4)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     axs[0].set_ylabel("one decode step (ms)")
     handles, labels = axs[0].get_legend_handles_labels()
