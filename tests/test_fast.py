@@ -220,8 +220,8 @@ def test_no_history_is_kept(models):
 def test_made_or_grown_in_inference_mode_it_works_outside(models):
     model, _ = models
     with torch.inference_mode():
-        buffer = model.new_buffer(B, capacity=2)
-        model(tokens(5), kv_cache=buffer)
+        buffer = model.new_buffer(B, capacity=4)
+        model(tokens(5), kv_cache=buffer)  # grows to 8
         fork = buffer.fork()
     for kept in (buffer, fork):
         kept.append(random_kv(3))
