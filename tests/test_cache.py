@@ -34,7 +34,7 @@ def run_chunks(step, length_of, chunks):
 @pytest.mark.parametrize(
     "classes", [(CausalSelfAttention_kv, Block_kv), (CausalSelfAttention_fast, Block_fast)]
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(chunks=partitions, B=st.integers(1, 3), n_head=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 999))
 def test_attention_and_block_in_chunks(classes, chunks, B, n_head, seed):
     torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def test_attention_and_block_in_chunks(classes, chunks, B, n_head, seed):
 
 
 @pytest.mark.parametrize("cached_class", CACHED)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(chunks=partitions, B=st.integers(1, 3), shape=shapes, seed=st.integers(0, 999))
 def test_gpt_in_chunks_equals_an_independent_gpt2(cached_class, chunks, B, shape, seed):
     n_layer, n_head = shape

@@ -20,7 +20,7 @@ def both(pair, prompt, tokens, **options):
 
 
 @pytest.mark.parametrize("cached_class", CACHED)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     B=st.integers(1, 4),
     t=st.integers(1, 20),
