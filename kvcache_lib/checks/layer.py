@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'EXPLAIN_ROWS', 'MEASURED', 'mask', 'reference', 'qkv', 'wanted', 'y_name', 'returned', 'contents', 'rows',
-           'right', 'follows_weights', 'no_state', 'gradients', 'attention_dropout', 'residual_dropout', 'any_dtype',
-           'work', 'tokens_once']
+           'right', 'follows_weights', 'no_state', 'gradients', 'nothing_dropped', 'attention_dropout',
+           'residual_dropout', 'any_dtype', 'work', 'tokens_once']
 
 # %% ../../nbs/tools/checks/layer.ipynb #cell-2
 import math
@@ -78,7 +78,7 @@ def _returned(case: Case):
     not_written(case.seen["error"])
     if case.seen["error"]:
         P = case.call.P
-        found = pattern(case.judge, ("cache",), lambda c: c.seen["error"] is None) if P and case.scenario.fresh else None
+        found = pattern(case.judge, ("cache",), _rows_right) if P and case.scenario.fresh else None
         text, line = explained(case.seen["error"], SHAPES if P else ())
         if found and "P = 2" in found[0]:
             text, line = f"{found[0]} (it stopped in {stopped(case.seen['error'])})", found[1]
@@ -90,6 +90,11 @@ def _returned(case: Case):
             case.fail("a dtype is fixed in your code: what comes back must have the dtype of x",
                       f"x is {case.scenario.dtype}, {name} is {t.dtype}", sure=True)  # fmt: skip
     return y, cache
+
+
+def _rows_right(case: Case) -> bool:
+    out = case.seen["out"]
+    return isinstance(out, (tuple, list)) and len(out) > 0 and close(out[0], wanted(case))
 
 
 def _pair(case: Case):
@@ -163,7 +168,7 @@ def _why_cache_shape(shape, case: Case):
 def contents(case: Case) -> None:
     "The cache holds the baseline's keys and values of the text, in order."
     cache = returned(case)[1]
-    q, k, v = qkv(case.base, case.text)
+    q, k, v = case.once("qkv", lambda: qkv(case.base, case.text))
     if close(cache[0], k) and close(cache[1], v):
         return
     found = next(((text, line) for text, line, (gk, gv) in _guesses(case, q, k, v) if close(cache[0], gk) and close(cache[1], gv)), None)
@@ -230,7 +235,7 @@ def right(case: Case) -> bool:
         y, (k, v) = returned(case)
     except CheckFailed:
         return False
-    _, want_k, want_v = qkv(case.base, case.text)
+    _, want_k, want_v = case.once("qkv", lambda: qkv(case.base, case.text))
     return close(y, wanted(case)) and close(k, want_k) and close(v, want_v)
 
 
@@ -315,6 +320,11 @@ def gradients(case: Case) -> None:
         case.note("the cache is detached: no gradient flows from later tokens into earlier ones through it. Generation needs none.")
 
 # %% ../../nbs/tools/checks/layer.ipynb #cell-16
+def nothing_dropped(case: Case) -> None:
+    if case.seen.get("draws"):
+        case.fail("in train mode random numbers are drawn although all dropout rates are 0: a rate is written in", sure=True)
+
+
 def attention_dropout(case: Case) -> None:
     "The attention weights are dropped at the rate attn_pdrop, and what is left is raised."
     y = returned(case)[0]
