@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
+NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 # JupyterLab refuses to run as root unless it is told to.
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .benchmark import check_device, environment, interleaved, summary
+from .measure.timing import check_device, environment, interleaved, quartiles
 from .mingpt import best_device, check_whole, resolved
 from .named import layer_cost
 
@@ -143,7 +143,7 @@ def measure_machine(device: str = "auto", dtype=torch.float32, seconds: float = 
     a, b = torch.rand(2, width, width, device=device).to(dtype)
     x = torch.zeros(1, device=device)
     times = interleaved(lambda: memory.sum(), lambda: a @ b, lambda: x + 1, seconds=seconds)
-    read, multiplied, nothing = (summary(t)["median"] / 1e3 for t in times)
+    read, multiplied, nothing = (quartiles(t)["median"] / 1e3 for t in times)
     return Machine(environment(device)["hardware"], size / read, width**3 / multiplied, nothing)
 
 # %% ../nbs/08_cost.ipynb #cell-23
