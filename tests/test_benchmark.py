@@ -172,9 +172,11 @@ def test_measure_refuses_what_it_cannot_measure(given, says, monkeypatch):
         benchmark.measure(**given)
 
 
+posix = pytest.mark.skipif(os.name != "posix", reason="a process cannot be sent these signals elsewhere")
 NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
 
 
+@posix
 @pytest.mark.parametrize("number", NAMES)
 def test_a_stopped_run_leaves_the_old_files_and_says_so_in_a_line(number, tmp_path):
     (tmp_path / "r.txt").write_text("old")
@@ -212,6 +214,7 @@ STARTS = {
 }
 
 
+@posix
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("number", NAMES)
 def test_a_signal_while_torch_is_loaded_is_one_line(number, start, tmp_path):
@@ -221,6 +224,7 @@ def test_a_signal_while_torch_is_loaded_is_one_line(number, start, tmp_path):
     assert ran.returncode == 128 + number and ran.stdout == "" and not list(tmp_path.iterdir())
 
 
+@posix
 def test_a_signal_between_two_files_waits_for_the_second(tmp_path, monkeypatch, capsys):
     real = os.replace
 
