@@ -121,21 +121,29 @@ def test_the_command_writes_three_files(tmp_path, monkeypatch, capsys):
     assert groups == [(kind, B) for kind in ("decode", "prefill", "generate") for B in (1, 8)]
 
 
-@pytest.mark.parametrize("found,says", [(None, "transformers is not installed"), ("4.57.1", "transformers 4.57.1 is too old")])
-def test_a_missing_peer_is_named_before_the_run_and_in_the_text(found, says, tmp_path, monkeypatch, capsys):
-    def version(name):
-        if found is None:
-            raise contestants.PackageNotFoundError(name)
-        return found
+def without_transformers(name):
+    raise contestants.PackageNotFoundError(name)
 
-    monkeypatch.setattr(contestants, "version", version)
+
+def test_whether_transformers_can_take_part(monkeypatch):
+    for version, says in (
+        (without_transformers, "transformers is not installed"),
+        (lambda name: "4.57.1", "transformers 4.57.1 is too old, 5.0 is needed"),
+        (lambda name: "5.0.0", ""),
+        (lambda name: "10.1", ""),
+    ):
+        monkeypatch.setattr(contestants, "version", version)
+        assert contestants.missing_peer() == says
+
+
+def test_a_missing_peer_is_named_before_the_run_and_in_the_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contestants, "version", without_transformers)
     monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
-    monkeypatch.setattr(ladder, "BATCHES", (1,))
     real = ladder.measure_ladder
 
     def measured(*args, **kwargs):
-        assert says in capsys.readouterr().err  # said by now
-        return real(*args, **kwargs)
+        assert "transformers is not installed: its rows" in capsys.readouterr().err  # said by now
+        return real(*args, batches=(1,), **kwargs)
 
     monkeypatch.setattr(ladder, "measure_ladder", measured)
     assert benchmark.main([*QUICK, "--out", str(tmp_path / "l.txt")]) == 0
@@ -153,7 +161,8 @@ def test_a_run_in_which_all_took_part_leaves_nothing_out():
 
 
 def test_a_picture_that_fails_loses_no_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
+    results = json.loads((ROOT / "ladder_results.json").read_text())
+    monkeypatch.setattr(ladder, "measure_ladder", lambda *args, **kwargs: results)
     monkeypatch.setattr(ladder, "draw_ladder", lambda result: 1 / 0)
     (tmp_path / "l.svg").write_text("old")
     assert benchmark.main([*QUICK, "--out", str(tmp_path / "l.txt")]) == 1
