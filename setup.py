@@ -20,9 +20,9 @@ extras["dev"] += extras["course"]
 
 def absolute(markdown: str) -> str:
     "Links and pictures that lead into the repository, so that they work on a page elsewhere."
-    inside = r"\]\((?![a-z]+:|#)"
-    markdown = re.sub(rf"(!\[[^\]]*){inside}", rf"\1]({raw}/", markdown)
-    return re.sub(inside, f"]({home}/blob/{cfg['branch']}/", markdown)
+    inside = "(?![a-z]+:|#)"
+    markdown = re.sub(rf'(!\[[^\]]*\]\(|\bsrc(?:set)?="){inside}', rf"\1{raw}/", markdown)
+    return re.sub(rf'(\]\(|\bhref="){inside}', rf"\1{home}/blob/{cfg['branch']}/", markdown)
 
 
 setup(
@@ -51,7 +51,7 @@ setup(
     },
     packages=[*find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]), notebooks],
     package_dir={notebooks: cfg["nbs_path"]},
-    package_data={cfg["lib_name"]: ["py.typed"], notebooks: ["*.ipynb"]},
+    package_data={"": ["py.typed", "*.js", "*.css"], notebooks: ["*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={

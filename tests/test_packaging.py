@@ -136,7 +136,8 @@ def test_the_wheel_declares_what_the_settings_say(built):
 
 
 def test_links_and_pictures_live_on_a_page_elsewhere(built):
-    targets = re.findall(r"\]\(([^)]*)\)", metadata(built)[0].get_payload())
+    text = metadata(built)[0].get_payload()
+    targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r'\b(?:src|srcset|href)="([^"]*)"', text)
     assert len(targets) > 20 and all(t.startswith("https://") for t in targets)
     branch = SETTINGS["branch"]
     inside = [t for t in targets if f"/{SETTINGS['user']}/{SETTINGS['repo']}/" in t]
@@ -148,19 +149,19 @@ def test_links_and_pictures_live_on_a_page_elsewhere(built):
         assert target.startswith("https://raw.githubusercontent.com/" if picture else HOME) or path.endswith(".txt")
 
 
-def test_the_wheel_holds_all_modules_and_the_courses_notebooks(built):
+def test_the_wheel_holds_the_whole_package_and_the_courses_notebooks(built):
     _, names = metadata(built)
     lib = SETTINGS["lib_path"]
-    want = {p.relative_to(ROOT).as_posix() for p in (ROOT / lib).rglob("*.py")}
+    want = {p.relative_to(ROOT).as_posix() for p in (ROOT / lib).rglob("*") if p.suffix in (".py", ".js", ".css", ".typed")}
     want |= {f"{lib}/nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb")}
-    want |= {p.relative_to(ROOT).as_posix() for p in (ROOT / lib).glob("py.typed")}
     assert {n for n in names if ".dist-info/" not in n} == want
 
 
 def test_the_tests_in_the_sdist_can_run(built):
     _, unpacked = built
     for folder in ("tests", "nbs", "docs", SETTINGS["lib_path"]):
-        here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.*") if p.suffix in (".py", ".ipynb", ".png")}
+        kinds = (".py", ".ipynb", ".png", ".js", ".css", ".typed")
+        here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.*") if p.suffix in kinds}
         here = {p for p in here if ".ipynb_checkpoints" not in p.parts}
         assert {p for p in here if not (unpacked / p).is_file()} == set(), "missing in the sdist"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_notebooks.py"]
