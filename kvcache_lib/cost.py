@@ -7,7 +7,9 @@ __all__ = ['StepCost', 'cache_bytes', 'step_cost', 'Machine', 'measure_machine',
            'count_operations']
 
 # %% ../nbs/08_cost.ipynb #cell-2
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,7 +49,7 @@ class StepCost:
         return self.macs / self.bytes
 
 # %% ../nbs/08_cost.ipynb #cell-8
-def cache_bytes(config, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
+def cache_bytes(config: Any, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
     """The bytes of a cache that holds `tokens` tokens of each of `batch` texts.
 
     config: a GPTConfig, see mingpt.resolved.  itemsize: the bytes that a number takes.
@@ -65,7 +67,7 @@ def cache_bytes(config, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
 
 # %% ../nbs/08_cost.ipynb #cell-10
 def step_cost(
-    config,
+    config: Any,
     new: int,
     seq: int,
     batch: int = 1,
@@ -125,7 +127,7 @@ class Machine:
         return self.rate / self.bandwidth
 
 # %% ../nbs/08_cost.ipynb #cell-20
-def measure_machine(device: str = "auto", dtype=torch.float32, seconds: float = 1.0) -> Machine:
+def measure_machine(device: str = "auto", dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> Machine:
     """Measure a device's bandwidth, arithmetic rate and overhead, with the threads that torch now uses.
 
     device: cpu, cuda, mps, or auto.  dtype: of the matrix product, a floating-point type.
@@ -147,7 +149,7 @@ def measure_machine(device: str = "auto", dtype=torch.float32, seconds: float = 
     return Machine(environment(device)["hardware"], size / read, width**3 / multiplied, nothing)
 
 # %% ../nbs/08_cost.ipynb #cell-23
-def floors(cost: StepCost, machine: Machine, operations: int = 0) -> dict:
+def floors(cost: StepCost, machine: Machine, operations: int = 0) -> dict[str, float]:
     "The seconds that a step takes at least: for its memory, its arithmetic, and its number of operations."
     return {
         "memory": cost.bytes / machine.bandwidth,
@@ -161,7 +163,9 @@ def predicted_seconds(cost: StepCost, machine: Machine, operations: int = 0) -> 
     return max(floors(cost, machine, operations).values())
 
 # %% ../nbs/08_cost.ipynb #cell-30
-def balanced_batch(config, seq: int, machine: Machine, itemsize: int = 4, **passes) -> int | None:
+def balanced_batch(
+    config: Any, seq: int, machine: Machine, itemsize: int = 4, **passes: Any
+) -> int | None:
     """The smallest batch for which a decode step's arithmetic takes as long as its memory, or None if none does.
 
     Below it decoding is bound by memory.  seq: tokens of each text.  passes: as for step_cost.
@@ -189,7 +193,7 @@ class _OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operations(step) -> int:
+def count_operations(step: Callable[[], Any]) -> int:
     "How many operations `step()` has PyTorch compute, views left out. On a GPU each is one launch or more."
     with _OperationCounter() as counter:
         step()
