@@ -8,7 +8,7 @@ __all__ = ['Block_kv']
 # %% ../nbs/03_block.ipynb #cell-2
 from torch import Tensor
 
-from .attention import CausalSelfAttention_kv
+from .attention import CausalSelfAttention_kv, LayerCache
 from .mingpt import Block
 
 # %% ../nbs/03_block.ipynb #cell-7
@@ -17,7 +17,7 @@ class Block_kv(Block):
 
     attention_class = CausalSelfAttention_kv
 
-    def forward(self, x: Tensor, kv_cache=None):
+    def forward(self, x: Tensor, kv_cache: LayerCache = None) -> tuple[Tensor, LayerCache]:
         """Encode the new tokens: `(x, kv_cache)`.
 
         x: (B, T, C), T ≥ 1 new tokens.  kv_cache: None, or this layer's [k, v], both (B, P, C); it is not changed.

@@ -7,8 +7,9 @@ __all__ = ['StepCost', 'Sizes', 'sizes_of', 'cache_bytes', 'step_cost', 'Machine
            'predicted_seconds', 'balanced_batch', 'count_operations']
 
 # %% ../nbs/08_cost.ipynb #cell-2
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +59,7 @@ class Sizes(NamedTuple):
     block_size: int
 
 
-def sizes_of(config) -> Sizes:
+def sizes_of(config: Any) -> Sizes:
     """The sizes of a GPTConfig (see mingpt.resolved), or of five numbers.
 
     Raises ValueError or TypeError for a configuration or a number that makes no sense.
@@ -73,7 +74,7 @@ def sizes_of(config) -> Sizes:
     return Sizes(*config)
 
 # %% ../nbs/08_cost.ipynb #cell-10
-def cache_bytes(config, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
+def cache_bytes(config: Any, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
     """The bytes of a cache that holds `tokens` tokens of each of `batch` texts.
 
     config: a GPTConfig or the five `Sizes`.  itemsize: the bytes that a number takes.
@@ -91,7 +92,7 @@ def cache_bytes(config, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
 
 # %% ../nbs/08_cost.ipynb #cell-12
 def step_cost(
-    config,
+    config: Any,
     new: int,
     seq: int,
     batch: int = 1,
@@ -152,7 +153,7 @@ class Machine:
         return self.rate / self.bandwidth
 
 # %% ../nbs/08_cost.ipynb #cell-22
-def measure_machine(device: str = "auto", dtype=torch.float32, seconds: float = 1.0) -> Machine:
+def measure_machine(device: str = "auto", dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> Machine:
     """Measure a device's bandwidth, arithmetic rate and overhead, with the threads that torch now uses.
 
     device: cpu, cuda, mps, or auto.  dtype: of the matrix product, a floating-point type.
@@ -174,7 +175,7 @@ def measure_machine(device: str = "auto", dtype=torch.float32, seconds: float = 
     return Machine(environment(device)["hardware"], size / read, width**3 / multiplied, nothing)
 
 # %% ../nbs/08_cost.ipynb #cell-25
-def floors(cost: StepCost, machine: Machine, operations: int = 0) -> dict:
+def floors(cost: StepCost, machine: Machine, operations: int = 0) -> dict[str, float]:
     "The seconds that a step takes at least: for its memory, its arithmetic, and its number of operations."
     return {
         "memory": cost.bytes / machine.bandwidth,
@@ -188,7 +189,9 @@ def predicted_seconds(cost: StepCost, machine: Machine, operations: int = 0) -> 
     return max(floors(cost, machine, operations).values())
 
 # %% ../nbs/08_cost.ipynb #cell-32
-def balanced_batch(config, seq: int, machine: Machine, itemsize: int = 4, **passes) -> int | None:
+def balanced_batch(
+    config: Any, seq: int, machine: Machine, itemsize: int = 4, **passes: Any
+) -> int | None:
     """The smallest batch for which a decode step's arithmetic takes as long as its memory, or None if none does.
 
     Below it decoding is bound by memory.  seq: tokens of each text.  passes: as for step_cost.
@@ -216,7 +219,7 @@ class _OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operations(step) -> int:
+def count_operations(step: Callable[[], Any]) -> int:
     "How many operations `step()` has PyTorch compute, views left out. On a GPU each is one launch or more."
     with _OperationCounter() as counter:
         step()

@@ -9,6 +9,7 @@ __all__ = ['NamedTensor', 'aligned', 'add', 'dot', 'softmax', 'rename', 'scale',
 # %% ../nbs/00_named_tensors.ipynb #cell-2
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class NamedTensor:
         self.data, self.names = data, names
 
     @property
-    def shape(self) -> dict:
+    def shape(self) -> dict[str, int]:
         "The size of each axis: `{'seq': 3, 'key': 4}`."
         return dict(zip(self.names, self.data.shape))
 
@@ -49,11 +50,11 @@ class NamedTensor:
             raise ValueError(f"asked for the axes {names}, but the tensor is {self}")
         return self.data.permute([self.dim(name) for name in names])
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"NamedTensor({', '.join(f'{axis}={size}' for axis, size in self.shape.items())})"
 
 # %% ../nbs/00_named_tensors.ipynb #cell-16
-def aligned(A: NamedTensor, B: NamedTensor):
+def aligned(A: NamedTensor, B: NamedTensor) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """`(names, a, b)`: the axes of A and B together, and their data with one dimension for each of them.
 
     A dimension that only one of them has is of size 1 in the other.
@@ -68,7 +69,7 @@ def aligned(A: NamedTensor, B: NamedTensor):
     return names, _spread(A, names), _spread(B, names)
 
 
-def _spread(X, names):
+def _spread(X: NamedTensor, names: tuple[str, ...]) -> Tensor:
     data = X.tensor(*(n for n in names if n in X.names))
     return data[tuple(slice(None) if n in X.names else None for n in names)]
 
@@ -132,7 +133,7 @@ def cat(A: NamedTensor, B: NamedTensor, axis: str) -> NamedTensor:
     return NamedTensor(torch.cat([A.data, B.tensor(*A.names)], dim=A.dim(axis)), *A.names)
 
 # %% ../nbs/00_named_tensors.ipynb #cell-40
-def causal_mask(seq: int, seq_prime: int, **like) -> NamedTensor:
+def causal_mask(seq: int, seq_prime: int, **like: Any) -> NamedTensor:
     """M over {seq, seq′}: 0 where i ≤ P + j, else −∞, with P = seq − seq_prime cached tokens.
 
     like: dtype and device, as for torch.zeros.  Raises ValueError unless 1 ≤ seq_prime ≤ seq.
@@ -146,7 +147,9 @@ def causal_mask(seq: int, seq_prime: int, **like) -> NamedTensor:
     return NamedTensor(M, "seq", "seq′")
 
 # %% ../nbs/00_named_tensors.ipynb #cell-45
-def self_attention(X, W_Q, W_K, W_V, W_O, cache=None):
+def self_attention(
+    X: NamedTensor, W_Q: NamedTensor, W_K: NamedTensor, W_V: NamedTensor, W_O: NamedTensor, cache: Any = None
+) -> tuple[NamedTensor, tuple]:
     """Causal self-attention of the new tokens X over the cached ones and themselves: `(Y, cache)`.
 
     X: {seq, emb}, the |seq′| new tokens.  W_Q, W_K: {emb, heads, key}.  W_V: {emb, heads, val}.

@@ -8,6 +8,7 @@ __all__ = ['all_inputs', 'SortDataset', 'sort_with', 'accuracy']
 # %% ../nbs/05_sort.ipynb #cell-2
 import hashlib
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class SortDataset(Dataset):
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         digits = self.inputs[i]
         text = torch.cat([digits, digits.sort().values])
         x, y = text[:-1], text[1:].clone()
@@ -58,13 +59,13 @@ class SortDataset(Dataset):
         return x, y
 
 # %% ../nbs/05_sort.ipynb #cell-16
-def sort_with(generate, inputs: Tensor) -> Tensor:
+def sort_with(generate: Callable[..., Tensor], inputs: Tensor) -> Tensor:
     "The digits that `generate`, a model's method, puts after the inputs: (N, length) → (N, length)."
     length = inputs.size(1)
     return generate(inputs, length)[:, length:]
 
 
-def accuracy(generate, inputs: Tensor) -> float:
+def accuracy(generate: Callable[..., Tensor], inputs: Tensor) -> float:
     "The share of the inputs, (N, length), that come back sorted, every digit right."
     return (
         (sort_with(generate, inputs) == inputs.sort(dim=1).values).all(dim=1).float().mean().item()

@@ -278,7 +278,7 @@ def test_what_a_buffer_refuses(models):
         (lambda: buffer.append(random_kv(2)[0, 0]), ValueError, "expected keys and values of shape"),
         (lambda: models[0].step(tokens(3), [None] * 2), TypeError, "expected a KVBuffer, got list"),
         (lambda: models[0].step(tokens(9).to("meta"), buffer), ValueError, "idx on cpu, .* got it on meta"),
-        (lambda: of(n_embd=10, n_head=3), ValueError, "n_head must divide n_embd, got 3 and 10"),
+        (lambda: of(n_embd=10, n_head=3), ValueError, "n_head must divide n_embd, got n_head=3 and n_embd=10"),
         (lambda: KVBuffer.from_lists([], config), ValueError, "2 entries, one for each layer, got 0"),
         (lambda: KVBuffer.from_lists(before[0][0], config), TypeError, "a list of 2 entries.* got Tensor"),
         (lambda: KVBuffer.from_lists([[1, 2]] * 2, config), TypeError, "of tensors, got list"),

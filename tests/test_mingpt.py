@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import make_pair
 from reference import gpt2_logits
 
+from kvcache_lib.fast import GPT_fast
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import (
     GPT,
@@ -19,6 +20,7 @@ from kvcache_lib.mingpt import (
     TrainerConfig,
     next_token,
 )
+from kvcache_lib.weights import mingpt_state_dict
 
 # What minGPT's state dict holds for one layer, C = 8, a block of 16 and 11 tokens.
 LAYER = {
@@ -33,12 +35,55 @@ WHOLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("cls", [GPT, GPT_kv])
-def test_state_dict_has_minGPTs_names_and_shapes(cls):
-    model = cls(GPTConfig(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16))
-    expected = WHOLE | {f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
-    model.load_state_dict({name: torch.randn(shape) for name, shape in expected.items()}, strict=True)
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16)
+
+
+@pytest.mark.parametrize("cls", [GPT, GPT_kv, GPT_fast])
+def test_state_dict_is_minGPTs_but_for_the_masks(cls):
+    model = cls(SMALL)
+    theirs = WHOLE | {f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()}
+    ours = {name: shape for name, shape in theirs.items() if not name.endswith(".attn.bias")}
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == ours
+    whole = mingpt_state_dict(model)
+    assert {name: tuple(tensor.shape) for name, tensor in whole.items()} == theirs
+    saved = {name: torch.randn(shape) for name, shape in theirs.items()}
+    saved |= {name: torch.ones(16, 16).tril()[None, None] for name in theirs if name.endswith(".attn.bias")}
+    for strict in (saved, {name: saved[name] for name in ours}):
+        model.load_state_dict(strict, strict=True)
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(mingpt_state_dict(model), saved, rtol=0, atol=0)
+
+
+def test_another_mask_is_not_taken_silently():
+    model = GPT(SMALL)
+    for mask in (torch.ones(1, 1, 16, 16), torch.ones(1, 1, 8, 8).tril()):
+        state = model.state_dict() | {"transformer.h.1.attn.bias": mask}
+        with pytest.raises(RuntimeError, match=r"h.1.attn.bias: expected a causal mask of shape \(1, 1, 16, 16\)"):
+            model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="(?s)Missing key.*Unexpected key"):
+        state = model.state_dict()
+        state["transformer.h.0.attn.bais"] = state.pop("transformer.ln_f.bias")
+        model.load_state_dict(state)
+
+
+def test_the_mask_takes_little_and_is_not_saved():
+    model = GPT(GPTConfig(model_type="gpt-nano", vocab_size=3, block_size=8192))
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert sum(t.nbytes for t in model.state_dict().values()) <= 1.1 * parameters
+    for changed in (model, copy.deepcopy(model), model.double(), model.to("cpu")):
+        masks = {block.attn.bias.data_ptr() for block in changed.transformer.h}
+        assert len(masks) == 1 and changed.transformer.h[0].attn.bias.dtype == torch.int8
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty"])
+def test_built_on_meta_and_filled(how):
+    model, idx = GPT(SMALL).eval(), torch.randint(11, (1, 9))
+    with torch.device("meta"):
+        other = GPT(SMALL).eval()
+    if how == "to_empty":
+        other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), strict=True, assign=how == "assign")
+    torch.testing.assert_close(other(idx)[0], model(idx)[0])
 
 
 def test_state_dicts_go_both_ways():
@@ -174,6 +219,51 @@ def test_a_misspelt_setting_is_refused():
         GPTConfig().n_layers = 3
     with pytest.raises(AttributeError):
         TrainerConfig().lr = 3
+    with pytest.raises(AttributeError, match="no setting 'n_embed', did you mean 'n_embd'"):
+        GPTConfig().merge_from_dict({"n_embed": 3})
+
+
+def test_settings_of_ones_own_go_into_the_models_config():
+    config = GPTConfig(model_type="gpt-nano", vocab_size=3, block_size=11)
+    config.rank, config.n_kv_head = 4, 1
+    model = GPT(config)
+    assert (model.config.rank, model.config.n_kv_head) == (4, 1) and model.config is not config
+    assert model.config.to_dict()["rank"] == 4 and model.config.to_dict()["n_layer"] == 3
+    plain = type("Config", (), dict(config.to_dict(), model_type=None))
+    assert GPT(plain).config.rank == 4
+
+
+def test_a_presets_sizes_are_read_from_the_callers_config():
+    config = GPT.get_default_config()
+    config.model_type, config.vocab_size, config.block_size = "gpt-nano", 3, 11
+    assert [None] * config.n_layer == [None] * 3
+    config.model_type = "gpt-micro"
+    model = GPT(config)
+    assert model.n_layer == model.config.n_layer == config.n_layer == 4
+
+
+@pytest.mark.parametrize("name,value", [("vocab_size", True), ("block_size", 10**20), ("n_embd", 2.0), ("n_head", "3"),
+    ("attn_pdrop", 1.5), ("resid_pdrop", float("nan")), ("embd_pdrop", "0.1"), ("model_type", ["gpt-nano"]),
+    ("vocab_size", 2**31 - 1)])  # fmt: skip
+def test_values_that_make_no_sense(name, value):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=3, block_size=11)
+    setattr(config, name, value)
+    if value == 2**31 - 1:
+        config.n_embd = 2**20
+    with pytest.raises((TypeError, ValueError, MemoryError), match=f"{name}|a GPT of these sizes takes"):
+        GPT(config)
+
+
+def test_from_pretrained_is_transformers_gpt2(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    idx = torch.randint(11, (2, 9))
+    for cls in (GPT, GPT_kv, GPT_fast):
+        model = cls.from_pretrained(str(tmp_path)).eval()
+        torch.testing.assert_close(model(idx)[0], theirs(idx).logits)
 
 
 BAD_IDX = [
@@ -207,6 +297,11 @@ def test_forward_refuses_targets_of_another_shape(pair, which):
         ({"temperature": float("nan")}, ValueError, "temperature > 0, got nan"),
         ({"top_k": 0}, ValueError, "top_k ≥ 1, got 0"),
         ({"top_k": 12}, ValueError, "top_k ≤ 11, the size of the vocabulary, got 12"),
+        ({"top_k": True}, TypeError, "top_k to be a whole number, got True"),
+        ({"temperature": "1"}, TypeError, "temperature to be a number, got '1'"),
+        ({"do_sample": "no"}, TypeError, "do_sample to be True or False, got 'no'"),
+        ({"eos_token": 11}, ValueError, "eos_token ≤ 10, got 11"),
+        ({"generator": 7}, TypeError, "a torch.Generator, got int"),
         ({"top_k": 2.5}, TypeError, "top_k to be a whole number, got 2.5"),
         ({"max_new_tokens": -1}, ValueError, "max_new_tokens ≥ 0, got -1"),
         ({"max_new_tokens": 1.5}, TypeError, "max_new_tokens to be a whole number, got 1.5"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 MODELS = [
-    "files", "measure", "measure.command", "named", "mingpt", "attention", "block", "gpt", "sort",
-    "measure.timing", "measure.subjects", "benchmark", "cost", "fast",
+    "files", "measure", "measure.command", "named", "config", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort",
+    "measure.timing", "measure.subjects", "benchmark", "cost", "buffer", "fast",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """
@@ -47,3 +47,19 @@ def test_version_is_that_of_the_settings(imported):
     settings = ConfigParser(delimiters=["="], interpolation=None)
     settings.read(Path(__file__).parents[1] / "settings.ini")
     assert imported[0] == settings["DEFAULT"]["version"]
+
+
+def test_the_models_are_had_from_the_package(tmp_path):
+    "By name, imported when asked for; the package itself imports nothing."
+    code = (
+        "import sys, kvcache_lib\n"
+        "assert 'torch' not in sys.modules and kvcache_lib.__doc__\n"
+        "from kvcache_lib import GPT, GPT_fast, GPT_kv, GPTConfig, KVBuffer, KVCache, Trainer\n"
+        "import kvcache_lib.fast as fast, kvcache_lib.mingpt as mingpt\n"
+        "assert fast.KVBuffer is KVBuffer and GPT_fast is fast.GPT_fast and mingpt.Trainer is Trainer\n"
+        "assert set(kvcache_lib.__all__) <= set(dir(kvcache_lib))\n"
+        "try: kvcache_lib.GPT_slow\n"
+        "except AttributeError as e: assert 'GPT_slow' in str(e)\n"
+        "else: raise SystemExit('no error')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
