@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from . import layer
+from . import layer, modes
 from kvcache_lib.checks.judging import (
     Case, Judge, Promise, close, draws_nothing, keeps_nothing, listed, mode_kept, on_any_device, refused, still_as_returned, unchanged,
 )
@@ -170,7 +170,7 @@ NOTES = (
     Promise("another batch's cache is refused", ("other batch",), (refused("a cache of another batch size"),), "larger and smaller"),
     Promise("a cache that is none is refused", ("odd cache",), (refused("a cache whose k and v don't belong together"),), "no v, and a shorter one"),
     Promise("nothing is made on another device", ("device",), (on_any_device,), "another default device"),
-    Promise("a step costs what it must", ("work", "wide"), (layer.work,), "255 tokens cached, 12, and none"),
+    Promise("a step costs what it must", ("work", "wide"), (modes.work,), "255 tokens cached, 12, and none"),
 )
 
 
@@ -194,11 +194,11 @@ def promises(small: str, *more: Promise) -> tuple:
         Promise("weights may change between two calls", ("other weights",), (layer.follows_weights,), "other weights, same text"),
         Promise("gradients flow, without a cache and with one", ("gradients",), (layer.gradients,), "those of x and of all weights"),
         Promise("large scores", ("huge",), (overflows, layer.rows), "scores of 10⁵"),
-        Promise("float32 and bfloat16", ("float32", "bfloat16"), (layer.any_dtype,), "dtype and numbers"),
-        Promise("train mode, without dropout", ("train",), (*ALWAYS, layer.nothing_dropped, layer.contents, layer.rows), "the same rows and cache"),
+        Promise("float32 and bfloat16", ("float32", "bfloat16"), (modes.any_dtype,), "dtype and numbers"),
+        Promise("train mode, without dropout", ("train",), (*ALWAYS, modes.nothing_dropped, layer.contents, layer.rows), "the same rows and cache"),
         Promise("train mode, with dropout", ("attn dropout", "resid dropout"), (*ALWAYS, layer.contents), "the cache is not dropped"),
-        Promise("attention weights are dropped", ("attn dropout",), (layer.attention_dropout,), "rate and place, with a cache and without"),
-        Promise("outputs are dropped", ("resid dropout",), (layer.residual_dropout,), "rate and place, with a cache and without"),
+        Promise("attention weights are dropped", ("attn dropout",), (modes.attention_dropout,), "rate and place, with a cache and without"),
+        Promise("outputs are dropped", ("resid dropout",), (modes.residual_dropout,), "rate and place, with a cache and without"),
         *NOTES,
     )  # fmt: skip
 

@@ -17,8 +17,9 @@ from kvcache_lib.checks.judging import (
     Case, Promise, close, draws_nothing, explained, keeps_nothing, mode_kept, not_written, numbers, on_any_device, pattern, refused,
     rough, said, still_as_returned, stopped, surroundings, unchanged,
 )
-from .layer import nothing_dropped, reference
+from .layer import reference
 from .logits import explain_logits
+from .modes import nothing_dropped
 from .report import CheckFailed
 from .scenarios import OTHER_SIZES, RATE
 
