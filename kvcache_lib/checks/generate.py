@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcache_lib.checks.judging import (
-    Case, Promise, draws_nothing, explained, keeps_nothing, mode_kept, not_written, on_any_device, refused, said, stopped, surroundings, unchanged,
+    Case, Promise, explained, keeps_nothing, mode_kept, not_written, on_any_device, refused, said, stopped, surroundings, unchanged,
 )
 from .watching import seed
 

@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'LONG', 'OTHER', 'WIDE', 'OTHER_SIZES', 'NO_DROPOUT', 'RATE'
            'plain', 'first', 'GenerateCall', 'drawn']
 
 # %% ../../nbs/tools/checks/scenarios.ipynb #cell-2
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
