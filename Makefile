@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
+NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 # JupyterLab refuses to run as root unless it is told to.
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
@@ -28,7 +28,9 @@ $(STAMP): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Trusted, our own notebooks step without a kernel; JupyterLab strips scripts from what it does not know.
 lab: $(STAMP)
+	@$(BIN)/jupyter trust $(NOTEBOOKS) >/dev/null
 	$(BIN)/jupyter lab $(LAB_FLAGS) nbs/00_named_tensors.ipynb
 
 # What is there is the learner's: it is opened, never written over.

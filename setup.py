@@ -24,7 +24,7 @@ setup(
     keywords=cfg["keywords"],
     packages=[*find_packages(include=[f"{cfg['lib_name']}*"]), notebooks],
     package_dir={notebooks: cfg["nbs_path"]},
-    package_data={notebooks: ["*.ipynb"]},
+    package_data={notebooks: ["*.ipynb"], f"{cfg['lib_name']}.stepper": ["*.js", "*.css"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "teach")},

@@ -161,7 +161,7 @@ def self_attention(X, W_Q, W_K, W_V, W_O, cache=None):
     Y = dot(attention(Q, K, V, M), W_O, "heads", "val")
     return rename(Y, "seq′", "seq"), (K, V)  # the rows are the next layer's tokens
 
-# %% ../nbs/00_named_tensors.ipynb #cell-61
+# %% ../nbs/00_named_tensors.ipynb #cell-59
 @dataclass(frozen=True)
 class LayerCost:
     "What one layer costs for one step: multiply-adds, and bytes read and written."

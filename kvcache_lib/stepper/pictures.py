@@ -7,19 +7,16 @@ __all__ = ['AGAIN', 'LOOKS', 'SAID', 'DIVERGING', 'WEIGHT', 'INK', 'GREY', 'View
            'visible', 'spanned', 'headline', 'reason', 'summary', 'described', 'draw_step', 'filmstrip', 'key_steps']
 
 # %% ../../nbs/tools/stepper/pictures.ipynb #cell-2
-import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import PIL.Image
 from IPython.display import Image
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..plots import NEW, NONE, READ, STYLES
+from ..plots import NEW, NONE, READ, STYLES, png
 from .recording import Trace
 
 # %% ../../nbs/tools/stepper/pictures.ipynb #cell-7
@@ -235,11 +232,8 @@ def filmstrip(trace: Trace, view: View = View(), steps=None) -> Image:
         trace.check(step, view.layer, view.head)
         draw_step(ax, trace, step, view)
         ax.set_title(headline(trace, step, view).replace("$", r"\$"), fontsize=9, loc="left")
-    file = io.BytesIO()
-    fig.savefig(file, format="png")
-    small = io.BytesIO()
-    PIL.Image.open(file).convert("RGB").quantize(64, dither=PIL.Image.Dither.NONE).save(small, "PNG", optimize=True)
-    return Image(small.getvalue(), alt=" ".join(described(trace, step, view) for step in steps), width=int(90 * fig.get_figwidth()))
+    alt = " ".join(described(trace, step, view) for step in steps)
+    return Image(png(fig, 32), alt=alt, width=int(fig.dpi * fig.get_figwidth()))
 
 
 def key_steps(trace: Trace, most: int = 4) -> list:

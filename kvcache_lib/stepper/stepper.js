@@ -139,7 +139,7 @@ class Stepper {
     this.why = make("p.why");
     this.strip = make("div.strip", { role: "img" });
     this.legend = make("div.legend", {}, ...REST.map((s) => make(`span.${s}`, {}, make(`i.state.${s}`), SAID[s])),
-      make("span", {}, make("i.negative"), "negative"), make("span", {}, make("i.positive"), "positive"));
+      make("span.void", {}, make("b", {}, "✕"), "its cached row was thrown away"), make("span", {}, make("i.negative"), "negative"), make("span", {}, make("i.positive"), "positive"));
     this.rows = new Rows(this);
     this.side = new Side(this);
     this.race = new Race(this);
@@ -322,6 +322,10 @@ class Stepper {
 // Draw into an element, in the page's own life: live, saved, exported. buffer: a trace, inflated.
 // key: that of the kernel's model, which may come before, later or never.
 export function mount(host, buffer, key, state = {}) {
+  // A box that does not scroll but might would keep the controls from sticking to the top of the view.
+  for (let e = host.parentElement; e && !e.matches("body, .jp-Cell"); e = e.parentElement) {
+    if (/auto|hidden|scroll/.test(getComputedStyle(e).overflowY) && e.scrollHeight <= e.clientHeight + 1) e.style.overflow = "clip";
+  }
   const stepper = new Stepper(host, buffer, state, CSS);
   stepper.note.textContent = "No kernel: the page steps by itself, from the record that it holds.";
   if (key) {

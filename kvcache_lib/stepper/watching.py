@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['layer_rows', 'check_output', 'watching', 'collect', 'check_chunks', 'trace_layer', 'trace_rows', 'attention_layers',
-           'choices', 'traces', 'trace', 'is_of_transformers']
+           'choices', 'is_of_transformers', 'traces', 'trace']
 
 # %% ../../nbs/tools/stepper/watching.ipynb #cell-2
 import math
@@ -163,41 +163,6 @@ def _checked(idx, max_new_tokens, temperature, top_k, vocab_size, block_size) ->
         )
 
 
-def traces(model, idx: Tensor, max_new_tokens: int, *, temperature=1.0, do_sample=False, top_k=None, seed=None, top=5) -> list:
-    """Record `model.generate_kv(idx, max_new_tokens, temperature, do_sample, top_k)`: a Trace for each of its texts.
-
-    model: GPT_kv, GPT_fast, a class of your own to their interface, or a causal language model of transformers,
-    which generates with its DynamicCache. It stays as it was.
-    idx: (B, t) tokens, t ≤ block_size.  seed: for do_sample; torch's own generator is left where it was.
-    top: how many of the likeliest next tokens to keep.
-    It takes 3 · n_layer · n_embd numbers for each token that was encoded.
-    Raises ValueError or TypeError for a model without a cache, for arguments that generate_kv refuses,
-    for a prompt longer than the block, and if what the layers do cannot be shown, see `layer_rows`.
-    """
-    settings = temperature, do_sample, top_k
-    with torch.random.fork_rng() if seed is not None else nullcontext():
-        if seed is not None:
-            torch.manual_seed(seed)
-        record = _of_transformers if is_of_transformers(model) else _of_ours
-        calls, logits, texts, facts = record(model, idx, max_new_tokens, *settings)
-    parts, runs = collect(calls, len(calls) // max_new_tokens)
-    t, found = idx.size(1), []
-    for b, text in enumerate(texts):
-        steps = []
-        for i, (P, T, run) in enumerate(parts):
-            taken = text[t + i]
-            steps.append(Step(P, T, t + i - P - T, run, choices(logits[i][b], taken, top, temperature, top_k), taken))
-        found.append(Trace(tuple(steps), tuple(run[b].contiguous() for run in runs), text=tuple(text), **facts))
-    return found
-
-
-def trace(model, idx: Tensor, max_new_tokens: int, **settings) -> Trace:
-    "Record the generation of one text: see `traces`. Raises ValueError for more than one, too."
-    if isinstance(idx, Tensor) and idx.ndim == 2 and idx.size(0) != 1:
-        raise ValueError(f"expected one text, idx of shape (1, t), got {tuple(idx.shape)}: see traces for a batch")
-    return traces(model, idx, max_new_tokens, **settings)[0]
-
-
 def _of_ours(model, idx, max_new_tokens, temperature, do_sample, top_k):
     "`(calls, logits, texts, facts of the trace)` of a model to GPT_kv's interface."
     layers, c = attention_layers(model), model.config
@@ -209,7 +174,7 @@ def _of_ours(model, idx, max_new_tokens, temperature, do_sample, top_k):
     itemsize = model.lm_head.weight.element_size()
     return calls, logits, texts, dict(n_head=layers[0].n_head, vocab_size=c.vocab_size, block_size=c.block_size, itemsize=itemsize)
 
-# %% ../../nbs/tools/stepper/watching.ipynb #cell-24
+# %% ../../nbs/tools/stepper/watching.ipynb #cell-17
 def is_of_transformers(model) -> bool:
     "Whether the model is one of transformers that generates. Where transformers was never imported, none is."
     known = sys.modules.get("transformers")
@@ -262,3 +227,38 @@ def _of_transformers(model, idx, max_new_tokens, temperature, do_sample, top_k):
         itemsize=model.get_output_embeddings().weight.element_size(), gpt=c.model_type == "gpt2", shared=shared,
     )  # fmt: skip
     return calls, out.logits, out.sequences.tolist(), facts
+
+# %% ../../nbs/tools/stepper/watching.ipynb #cell-19
+def traces(model, idx: Tensor, max_new_tokens: int, *, temperature=1.0, do_sample=False, top_k=None, seed=None, top=5) -> list:
+    """Record `model.generate_kv(idx, max_new_tokens, temperature, do_sample, top_k)`: a Trace for each of its texts.
+
+    model: GPT_kv, GPT_fast, a class of your own to their interface, or a causal language model of transformers,
+    which generates with its DynamicCache. It stays as it was.
+    idx: (B, t) tokens, t ≤ block_size.  seed: for do_sample; torch's own generator is left where it was.
+    top: how many of the likeliest next tokens to keep.
+    It takes 3 · n_layer · n_embd numbers for each token that was encoded.
+    Raises ValueError or TypeError for a model without a cache, for arguments that generate_kv refuses,
+    for a prompt longer than the block, and if what the layers do cannot be shown, see `layer_rows`.
+    """
+    settings = temperature, do_sample, top_k
+    with torch.random.fork_rng() if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        record = _of_transformers if is_of_transformers(model) else _of_ours
+        calls, logits, texts, facts = record(model, idx, max_new_tokens, *settings)
+    parts, runs = collect(calls, len(calls) // max_new_tokens)
+    t, found = idx.size(1), []
+    for b, text in enumerate(texts):
+        steps = []
+        for i, (P, T, run) in enumerate(parts):
+            taken = text[t + i]
+            steps.append(Step(P, T, t + i - P - T, run, choices(logits[i][b], taken, top, temperature, top_k), taken))
+        found.append(Trace(tuple(steps), tuple(run[b].contiguous() for run in runs), text=tuple(text), **facts))
+    return found
+
+
+def trace(model, idx: Tensor, max_new_tokens: int, **settings) -> Trace:
+    "Record the generation of one text: see `traces`. Raises ValueError for more than one, too."
+    if isinstance(idx, Tensor) and idx.ndim == 2 and idx.size(0) != 1:
+        raise ValueError(f"expected one text, idx of shape (1, t), got {tuple(idx.shape)}: see traces for a batch")
+    return traces(model, idx, max_new_tokens, **settings)[0]
