@@ -33,7 +33,7 @@ def png(fig, colours: int = 128) -> bytes:
     "A figure as a PNG of so many colours, about a third of the usual size. The same figure gives the same bytes."
     file, small = io.BytesIO(), io.BytesIO()
     fig.savefig(file, format="png", dpi=fig.dpi, facecolor=fig.get_facecolor(), bbox_inches="tight")
-    picture = PIL.Image.open(file).convert("RGB").quantize(colours, dither=PIL.Image.Dither.NONE)
+    picture = PIL.Image.open(file).convert("RGB").quantize(colours, PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
     picture.save(small, "PNG", optimize=True)
     return small.getvalue()
 

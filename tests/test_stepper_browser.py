@@ -160,6 +160,10 @@ def test_keys_stay_in_the_stepper(lab, recorded):
     page.locator(f"{HOST} [aria-label=mode] button", has_text="without").click()
     expect_shows(page, recorded, 2, View(2, 2, False))
     assert "where 2 2 2 False False" in run_cell(page, 4)
+    page.locator(f"{HOST} [aria-label=mode] button", has_text="race").click()
+    page.locator(f"{HOST} button", has_text="measure it in the kernel").click()
+    page.wait_for_function("document.querySelector('[data-kvcache]').shadowRoot.querySelector('.source').textContent.includes('measured in this kernel')", timeout=20_000)
+    page.locator(f"{HOST} [aria-label=mode] button", has_text="without").click()
     page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets[4].model.sharedModel.setSource('stepper.step, stepper.head, stepper.cache = 7, 1, True')")
     run_cell(page, 4)
     expect_shows(page, recorded, 7, View(2, 1))
@@ -174,7 +178,7 @@ def test_widths_and_themes(lab, theme):
     page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
     page.wait_for_function(f"document.body.dataset.jpThemeName === 'JupyterLab {theme}'")
     columns = []
-    for width in (600, 1000, 1400):
+    for width in (600, 1000, 1400, 1660, 560):  # JupyterLab takes 60 to 130 of them
         page.set_viewport_size(dict(width=width, height=900))
         page.locator(f"{HOST} .bar").scroll_into_view_if_needed()
         page.wait_for_timeout(300)
@@ -189,7 +193,7 @@ def test_widths_and_themes(lab, theme):
             heights.append(page.evaluate("() => document.querySelector('[data-kvcache]').offsetHeight"))
         assert len(set(heights)) == 1, (width, heights)
         shoot(page, f"lab_{theme.lower()}_{width}")
-    assert columns[0] == 1 and columns[2] == 2
+    assert columns == [1, 2, 2, 2, 1]
     assert serious(page) == []
 
 
@@ -325,6 +329,34 @@ def test_exported_page_without_a_network(lab, recorded, exported):
         shoot(page, "race")
         assert page.errors == []
     assert not [url for url in blocked if "mathjax" not in url.lower() and "require" not in url.lower() and "mermaid" not in url.lower()]
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_bare_page_follows_the_system(lab, recorded, scheme, tmp_path):
+    "Where no theme is at hand, the system's colours; no motion where none is wanted; axe finds nothing serious, in the race neither."
+    stepper = TraceStepper(recorded, step=2)
+    output = stepper._repr_mimebundle_()["text/html"]
+    stepper.close()
+    ground = {"light": "#ffffff", "dark": "#0d1117"}[scheme]  # GitHub's, for the README's pictures
+    style = f"<style>body {{ margin: 8px; background: {ground} }}</style>"
+    (tmp_path / "bare.html").write_text(f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Bare</title>{style}<main>{output}</main></html>")
+    with another_page(lab) as page:
+        page.set_viewport_size(dict(width=1000, height=720))
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        page.goto((tmp_path / "bare.html").as_uri())
+        frame = page.locator(f"{HOST} .kvs")
+        frame.wait_for(timeout=30_000)
+        expect_shows(page, recorded, 2)
+        assert ("dark" in frame.get_attribute("class").split()) == (scheme == "dark")
+        assert not page.locator(f"{HOST} input[type=checkbox]").is_checked()
+        assert serious(page) == []
+        if SHOTS:
+            frame.screenshot(path=f"{SHOTS}/stepper_{scheme}.png")  # the README's
+        page.locator(f"{HOST} [aria-label=mode] button", has_text="race").click()
+        page.keyboard.press("End")
+        assert serious(page) == []
+        assert page.errors == []
 
 
 @needs_firefox

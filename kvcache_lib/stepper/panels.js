@@ -8,7 +8,7 @@ function paint(canvas, values, limit, positive, negative = positive) {
   values.forEach((x, i) => {
     const hue = x < 0 ? negative : positive, at = 4 * i;
     for (let c = 0; c < 3; c++) image.data[at + c] = hue[c];
-    image.data[at + 3] = 255 * Math.min(1, Math.abs(x) / limit);
+    image.data[at + 3] = 255 * Math.min(1, Math.abs(x) / limit) ** 0.7; // lifts what is small
   });
   context.putImageData(image, 0, 0);
 }

@@ -137,8 +137,8 @@ def described(trace: Trace, step: int, view: View) -> str:
     return f"{headline(trace, step, view)} {reason(trace, step, view)} Layer {view.layer}, head {view.head}. Rows {states}. {looks}".replace("  ", " ")
 
 # %% ../../nbs/tools/stepper/pictures.ipynb #cell-15
-DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#7A4FC0", "#FFFFFF", "#1B7F5E"])
-WEIGHT = LinearSegmentedColormap.from_list("weight", ["#FFFFFF", "#0072B2"])
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#A27BE0", "#FFFFFF", "#2FA57C"], N=17)  # few colours, a small file
+WEIGHT = LinearSegmentedColormap.from_list("weight", ["#FFFFFF", "#0072B2"], N=11)
 INK, GREY = "#1a1a1a", "#626262"
 
 
@@ -155,7 +155,8 @@ def draw_step(ax, trace: Trace, step: int, view: View) -> None:
         ax.text(x, y, text.replace("$", r"\$"), fontsize=size, color=color, ha=ha, va="center", **more)
 
     def vector(x, y, values, limit):
-        ax.imshow(values[None], extent=(x, x + 4.2, y + 0.42, y - 0.42), cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        shades = np.sign(values) * np.abs(values / limit) ** 0.7  # lifts what is small
+        ax.imshow(shades[None], extent=(x, x + 4.2, y + 0.42, y - 0.42), cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
         if len(values) <= 4:
             for c, z in enumerate(values):
                 word(x + 4.2 * (c + 0.5) / len(values), y, f"{round(float(z), 2) + 0.0:g}".replace("-", "−"), 7)
@@ -191,8 +192,13 @@ def draw_step(ax, trace: Trace, step: int, view: View) -> None:
     vector(11.6, bottom, np.array(weights) @ v, limits[2])
     ax.add_patch(Rectangle((11.6, bottom - 0.42), 4.2, 0.84, fill=False, ec=INK, lw=0.8))
     _draw_weights(ax, trace, step, view, rows, first, word)
-    ax.set(xlim=(0, 16.6 + len(rows)), ylim=(len(rows) + 0.9, -3.6))
+    ax.set(xlim=(0, _width(len(rows))), ylim=(len(rows) + 0.9, -3.6))
     ax.axis("off")
+
+
+def _width(places: int) -> float:
+    "How far a picture with so many rows goes to the right; the headline needs some room, too."
+    return max(16.6 + places, 29)
 
 
 def _draw_weights(ax, trace, step, view, rows, first, word, left=16.4) -> None:
@@ -226,14 +232,14 @@ def filmstrip(trace: Trace, view: View = View(), steps=None) -> Image:
     view = replace(view, rows=min(view.rows, 12))
     steps = steps or key_steps(trace)
     places = len(visible(1, trace.length, view.rows))
-    fig = Figure(figsize=(0.235 * (16.6 + places), (0.19 * (places + 4.5) + 0.3) * len(steps)), dpi=90, facecolor="white", layout="constrained")
+    fig = Figure(figsize=(0.235 * _width(places), (0.19 * (places + 4.5) + 0.3) * len(steps)), dpi=90, facecolor="white", layout="constrained")
     axs = fig.subplots(len(steps), squeeze=False)[:, 0]
     for ax, step in zip(axs, steps):
         trace.check(step, view.layer, view.head)
         draw_step(ax, trace, step, view)
         ax.set_title(headline(trace, step, view).replace("$", r"\$"), fontsize=9, loc="left")
     alt = " ".join(described(trace, step, view) for step in steps)
-    return Image(png(fig, 32), alt=alt, width=int(fig.dpi * fig.get_figwidth()))
+    return Image(png(fig, 80), alt=alt, width=int(fig.dpi * fig.get_figwidth()))
 
 
 def key_steps(trace: Trace, most: int = 4) -> list:

@@ -147,7 +147,7 @@ class Stepper {
     this.note = make("p.note");
     this.panels = make("div.panels", {}, make("div.left", {}, this.rows.element, this.why, this.say, this.side.table), this.side.element);
     this.frame = make("section.kvs", { tabindex: 0, "aria-label": "KV cache stepper. Left and right arrow: step. Space: play." },
-      this.bar, this.head, this.strip, this.legend, this.panels, this.race.element, this.note);
+      make("div.top", {}, this.bar, this.head), this.strip, this.legend, this.panels, this.race.element, this.note);
     root.replaceChildren(make("style", {}, css), make("div.sizer", {}, this.frame));
   }
 
