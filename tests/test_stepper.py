@@ -222,10 +222,13 @@ def test_models_of_transformers(kind):
             num_attention_heads=4, num_key_value_heads=2, **sizes,
         )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval().double()
-    implementation = model.config._attn_implementation
+    implementation, habits = model.config._attn_implementation, model.generation_config
+    habits.eos_token_id = list(range(11))  # every token would end the text
     seen = traces(model, torch.cat([PROMPT, PROMPT.flip(1)]), 5)
-    assert model.config._attn_implementation == implementation and hooks(model) == 0
-    want = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert model.config._attn_implementation == implementation and model.generation_config is habits and hooks(model) == 0
+    want = PROMPT
+    for _ in range(5):
+        want = torch.cat([want, model(want).logits[:, -1:].argmax(dim=2)], dim=1)
     assert list(seen[0].text) == want[0].tolist()
     assert [(s.P, s.T) for s in seen[0].steps] == [(0, 8)] + [(P, 1) for P in range(8, 12)]
     model.set_attn_implementation("eager")
@@ -470,7 +473,9 @@ def test_the_race_can_be_measured(models):
     assert hooks(models[0]) == 0
     stepper.close()
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=11, n_positions=20, n_embd=8, n_layer=1, n_head=2)).eval()
+    config = transformers.GPT2Config(vocab_size=11, n_positions=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.generation_config.eos_token_id = list(range(11))
     assert [len(lane) for lane in measured_steps(theirs, PROMPT, 3)] == [3, 3]
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['layer_rows', 'check_output', 'watching', 'collect', 'check_chunks', 'trace_layer', 'trace_rows', 'attention_layers',
-           'choices', 'is_of_transformers', 'traces', 'trace']
+           'choices', 'is_of_transformers', 'plainly', 'traces', 'trace']
 
 # %% ../../nbs/tools/stepper/watching.ipynb #cell-2
 import math
@@ -181,6 +181,20 @@ def is_of_transformers(model) -> bool:
     return known is not None and isinstance(model, known.PreTrainedModel) and hasattr(model, "generate")
 
 
+@contextmanager
+def plainly(model):
+    "While it lasts, a model of transformers generates without habits of its own: no token ends the text, none is filtered."
+    from transformers import GenerationConfig
+
+    before, training = model.generation_config, model.training
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+        model.train(training)
+
+
 def _of_transformers(model, idx, max_new_tokens, temperature, do_sample, top_k):
     "`(calls, logits, texts, facts of the trace)` of a causal language model of transformers."
     from transformers import AttentionInterface, DynamicCache, GenerationConfig
@@ -208,20 +222,19 @@ def _of_transformers(model, idx, max_new_tokens, temperature, do_sample, top_k):
         return out, weights
 
     AttentionInterface.register("kvcache_stepper", noting)
-    before, training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
     sampling = dict(temperature=float(temperature), top_k=top_k or 0) if do_sample else {}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=do_sample, return_dict_in_generate=True, output_logits=True,
-        eos_token_id=None, pad_token_id=0, **sampling,
+        max_new_tokens=max_new_tokens, do_sample=do_sample, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **sampling,
     )  # fmt: skip
     try:
         model.set_attn_implementation("kvcache_stepper")
-        out = model.generate(idx, attention_mask=torch.ones_like(idx), generation_config=config, past_key_values=cache)
+        with plainly(model):
+            out = model.generate(idx, attention_mask=torch.ones_like(idx), generation_config=config, past_key_values=cache)
     finally:
         model.set_attn_implementation(before)
-        model.train(training)
-    if not calls or len(calls) % max_new_tokens:
-        raise ValueError(f"expected {type(model).__name__} to attend through transformers' interface in each step, got {len(calls)} calls")
+    if not calls or len(calls) % max_new_tokens or len(out.logits) != max_new_tokens:
+        raise ValueError(f"expected {type(model).__name__} to attend through transformers' interface in each of {max_new_tokens} steps, got {len(calls)} calls in {len(out.logits)}")
     facts = dict(
         n_head=c.num_attention_heads, vocab_size=c.vocab_size, block_size=c.max_position_embeddings,
         itemsize=model.get_output_embeddings().weight.element_size(), gpt=c.model_type == "gpt2", shared=shared,

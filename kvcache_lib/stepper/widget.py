@@ -8,6 +8,7 @@ __all__ = ['TraceStepper', 'CacheStepper', 'measured_steps', 'close_earlier']
 # %% ../../nbs/tools/stepper/widget.ipynb #cell-2
 import os
 import time
+from contextlib import nullcontext
 from uuid import uuid4
 
 import anywidget
@@ -18,7 +19,7 @@ from IPython.display import Image
 from .payload import front_end, pack, page
 from .pictures import View, filmstrip, namer
 from .recording import Trace
-from .watching import is_of_transformers, traces
+from .watching import is_of_transformers, plainly, traces
 
 # %% ../../nbs/tools/stepper/widget.ipynb #cell-5
 class TraceStepper(anywidget.AnyWidget):
@@ -131,17 +132,17 @@ def measured_steps(model, idx, max_new_tokens: int) -> list:
     found = []
     for cache in (True, False):
         if theirs:
-            settings = dict(do_sample=False, use_cache=cache, eos_token_id=None, pad_token_id=0)
-            generate = lambda n: model.generate(idx, attention_mask=idx * 0 + 1, max_new_tokens=n, **settings)  # noqa: E731
+            generate = lambda n: model.generate(idx, attention_mask=idx * 0 + 1, max_new_tokens=n, do_sample=False, use_cache=cache)  # noqa: E731
         else:
             generate = lambda n: (model.generate_kv if cache else model.generate)(idx, n)  # noqa: E731
-        generate(1)
-        times = [time.perf_counter()]
-        handle = last.register_forward_hook(lambda *args: times.append(time.perf_counter()))
-        try:
-            generate(max_new_tokens)
-        finally:
-            handle.remove()
+        with plainly(model) if theirs else nullcontext():
+            generate(1)
+            times = [time.perf_counter()]
+            handle = last.register_forward_hook(lambda *args: times.append(time.perf_counter()))
+            try:
+                generate(max_new_tokens)
+            finally:
+                handle.remove()
         found.append([b - a for a, b in zip(times, times[1:])])
     return found
 
