@@ -13,10 +13,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from bidi import firefox_page, needs_firefox
 from lab import browser_page, free_port, jupyter_lab, needs_chromium, open_notebook, run_all, wait_until_up
 
-from kvcache_lib.stepper import TraceStepper, trace
+from kvcache_lib.gpt import GPT_kv
+from kvcache_lib.mingpt import GPTConfig
+from kvcache_lib.stepper import TraceStepper, trace, traces
 from kvcache_lib.stepper.pictures import View, headline, reason, row_states, visible
 
 SHOTS = os.environ.get("KVCACHE_SHOTS")  # a folder; the tests leave screenshots there for you to look at
@@ -356,6 +359,45 @@ def test_a_bare_page_follows_the_system(lab, recorded, scheme, tmp_path):
         page.locator(f"{HOST} [aria-label=mode] button", has_text="race").click()
         page.keyboard.press("End")
         assert serious(page) == []
+        assert page.errors == []
+
+
+@needs_chromium
+def test_long_wide_and_a_batch(lab, tmp_path):
+    "60 tokens with long and right-to-left names, 48 layers, 25 heads, two texts: nothing is cut off; each text, layer and head is shown."
+    torch.manual_seed(0)
+    model = GPT_kv(GPTConfig(n_layer=48, n_head=25, n_embd=50, vocab_size=6, block_size=64)).eval()
+    both = traces(model, torch.randint(6, (2, 58)), 3)
+    words = ["a", "internationalisation", "שלום", "两", "<b>&", " \n"]
+    stepper = TraceStepper(both, vocab=words, step=3, layer=48, head=25)
+    (tmp_path / "wide.html").write_text(f"<!doctype html><meta charset='utf-8'>{stepper._repr_mimebundle_()['text/html']}")
+    stepper.close()
+    with another_page(lab) as page:
+        page.set_viewport_size(dict(width=700, height=900))
+        page.goto((tmp_path / "wide.html").as_uri())
+        page.locator(f"{HOST} .kvs").wait_for(timeout=30_000)
+        shown = visible(60, 60, 16)
+        for text in (1, 2):
+            page.locator(f"{HOST} [aria-label='text of the batch'] button >> nth={text - 1}").click()
+            page.keyboard.press("End")
+            rows, weights = page.evaluate(SHOWN)["rows"], both[text - 1].weights(3, 48, 25)[-1]
+            assert [row[2] for row in rows if row[0] != "gap"] == [f"{weights[i]:.2f}" for i in shown if i is not None]
+            hidden = 1 - sum(weights[i].item() for i in shown if i is not None)
+            assert float(rows[3][2]) == pytest.approx(hidden, abs=0.006) and rows[3][1] == "45 more"
+            names = [words[both[text - 1].text[i]].replace(" ", "␣").replace("\n", "↵") for i in shown if i is not None]
+            assert [row[1] for row in rows if row[0] != "gap"] == names
+        page.keyboard.press("Home")
+        page.locator(f"{HOST} svg .seen[data-j='57'][data-i='1']").click()  # the last token of the prompt asks
+        page.locator(f"{HOST} svg .seen[data-j='2'][data-i='1']").click()  # the third asks
+        want = both[1].weights(1, 48, 25)[2]
+        rows = page.evaluate(SHOWN)["rows"]
+        assert [row[2] for row in rows[:3]] == [f"{w:.2f}" for w in want[:3].tolist()] and rows[5][2] == "masked"
+        page.locator(f"{HOST} [aria-label=layer] button >> nth=6").click()
+        page.locator(f"{HOST} .heads button >> nth=11").click()
+        data = page.evaluate(SHOWN)["data"]
+        assert (data["layer"], data["head"], data["text"]) == ("7", "12", "2")
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 700
+        shoot(page, "wide")
         assert page.errors == []
 
 
