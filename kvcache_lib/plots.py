@@ -9,6 +9,7 @@ __all__ = ['CMAP', 'NEW', 'READ', 'NONE', 'STYLES', 'LINES', 'MARKERS', 'DASHES'
 # %% ../nbs/tools/plots.ipynb #cell-2
 import io
 import math
+import warnings
 
 import matplotlib.pyplot as plt
 import PIL.Image
@@ -32,7 +33,9 @@ DASHES = ("-", "--", "-.", ":")
 def png(fig, colours: int = 128) -> bytes:
     "A figure as a PNG of so many colours, about a third of the usual size. The same figure gives the same bytes."
     file, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(file, format="png", dpi=fig.dpi, facecolor=fig.get_facecolor(), bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks
+        fig.savefig(file, format="png", dpi=fig.dpi, facecolor=fig.get_facecolor(), bbox_inches="tight")
     picture = PIL.Image.open(file).convert("RGB").quantize(colours, PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
     picture.save(small, "PNG", optimize=True)
     return small.getvalue()

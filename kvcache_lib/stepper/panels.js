@@ -13,6 +13,11 @@ function paint(canvas, values, limit, positive, negative = positive) {
   context.putImageData(image, 0, 0);
 }
 
+// Set a text only if it is another one: what stays need not be laid out again.
+function put(element, text) {
+  if (element.textContent !== `${text}`) element.textContent = text;
+}
+
 // Up to four numbers are written, too.
 function digits(values) {
   return values.length > 4 ? [] : Array.from(values, (x) => make("span", {}, `${+x.toFixed(values.length > 2 ? 1 : 2) + 0}`.replace("-", "−")));
@@ -58,7 +63,7 @@ class Rows {
     const limits = [0, 1, 2].map((which) => trace.slice(s.text - 1, step.run, which, s.layer).limit);
     const fill = (vector, values, limit) => {
       paint(vector.canvas, values, limit, positive, negative);
-      vector.text.replaceChildren(...digits(values));
+      if (values.length <= 4) vector.text.replaceChildren(...digits(values));
     };
     this.asks.textContent = `the query q of “${shownName(stepper.name(step.start + stepper.asker))}”`;
     fill(this.query, seen.q, limits[0]);
@@ -69,18 +74,18 @@ class Rows {
       const state = gap ? "gap" : states[i], lost = s.cache && there && i < step.lost;
       line.element.className = `line row ${state}${lost ? " lost" : ""}`;
       line.state.className = gap ? "" : `state ${state}`;
-      line.state.textContent = gap ? "" : state === "none" ? "" : state;
-      line.place.textContent = gap ? "⋮" : i + 1;
-      line.token.textContent = gap ? `${shown[r + 1] - shown[r - 1] - 1} more` : there ? shownName(stepper.name(step.start + i)) : "";
+      put(line.state, gap || state === "none" ? "" : state);
+      put(line.place, gap ? "⋮" : i + 1);
+      put(line.token, gap ? `${shown[r + 1] - shown[r - 1] - 1} more` : there ? shownName(stepper.name(step.start + i)) : "");
       line.token.title = line.token.textContent;
       for (const [which, vector] of [[1, line.key], [2, line.value]]) {
         if (there) fill(vector, trace.row(s.text - 1, step.run, which, s.layer, s.head, i), limits[which]);
-        else paint(vector.canvas, [0], 1, positive), vector.text.replaceChildren();
+        else paint(vector.canvas, [0], 1, positive), put(vector.text, "");
       }
       let w = there ? (seen.weights[i] ?? null) : null;
       if (gap) w = seen.weights.reduce((sum, x, n) => (known.has(n) ? sum : sum + x), 0);
       line.bar.style.width = `${100 * (w ?? 0)}%`;
-      line.weight.textContent = w === null ? (there ? "masked" : "") : w.toFixed(2);
+      put(line.weight, w === null ? (there ? "masked" : "") : w.toFixed(2));
       if (there) line.element.dataset.row = i;
       else delete line.element.dataset.row;
       line.element.setAttribute("aria-label", there
@@ -153,7 +158,10 @@ class Side {
       });
       this.heads.show(s.head);
     }
-    this.table.innerHTML = this.counters();
+    const counters = this.counters();
+    if (this.table.children.length) counters.cells.forEach((text, n) => put(this.table.tBodies[0].querySelectorAll("td")[n], text));
+    else this.table.innerHTML = counters.html;
+    for (const [n, cell] of this.table.tBodies[0].querySelectorAll("td").entries()) cell.classList.toggle("on", s.cache === (n % 2 === 0));
   }
 
   choices(step) {
@@ -175,7 +183,7 @@ class Side {
     shown.forEach((i, c) => {
       if (i !== null && i >= S) return;
       const middle = cell * (c + 0.5), own = i !== null && i >= first ? ' class="own"' : "";
-      parts.push(`<text${own} x="${GUTTER + middle}" y="${top - 8}" text-anchor="middle">${i === null ? "⋮" : label(i, 3)}</text>`);
+      parts.push(`<text${own} x="${GUTTER + middle}" y="${top - 8}" text-anchor="middle">${i === null ? "⋮" : label(i, cell < 22 ? 2 : 3)}</text>`);
       parts.push(`<text${own} x="${GUTTER - 7}" y="${top + middle + 4}" text-anchor="end">${i === null ? "⋮" : label(i, 6)}</text>`);
     });
     for (const [j, r] of asked) {
@@ -203,12 +211,17 @@ class Side {
     if (j !== undefined) this.stepper.set({ query: +j, pick: Math.min(+i, +j), hover: null });
   }
 
+  // The table as HTML, and the texts of its cells: this step with the cache and without, then all steps so far.
   counters() {
     const { text, state: s, trace } = this.stepper, here = text.steps[s.step - 1].cost;
-    const total = [0, 1].map((m) => total_cost(text.steps.slice(0, s.step), m));
-    const on = [s.cache, !s.cache, s.cache, !s.cache], cell = (value, n) => `<td${on[n] ? ' class="on"' : ""}>${value}</td>`;
-    const body = trace.counters.map(([name, unit], row) => (here[0][row] === null ? "" : `<tr><th scope="row">${name}</th>${[here[0], here[1], ...total].map((cost, n) => cell(amount(cost[row], unit), n)).join("")}</tr>`));
-    return `<thead><tr><td></td><th colspan="2" scope="colgroup">this step</th><th colspan="2" scope="colgroup">so far</th></tr><tr><td></td>${'<th scope="col">cache</th><th scope="col">without</th>'.repeat(2)}</tr></thead><tbody>${body.join("")}</tbody>`;
+    const costs = [...here, ...[0, 1].map((m) => total_cost(text.steps.slice(0, s.step), m))], body = [], cells = [];
+    trace.counters.forEach(([name, unit], row) => {
+      if (here[0][row] === null) return;
+      const texts = costs.map((cost) => amount(cost[row], unit));
+      cells.push(...texts);
+      body.push(`<tr><th scope="row">${name}</th>${texts.map((t) => `<td>${t}</td>`).join("")}</tr>`);
+    });
+    return { cells, html: `<thead><tr><td></td><th colspan="2" scope="colgroup">this step</th><th colspan="2" scope="colgroup">so far</th></tr><tr><td></td>${'<th scope="col">cache</th><th scope="col">without</th>'.repeat(2)}</tr></thead><tbody>${body.join("")}</tbody>` };
   }
 }
 
