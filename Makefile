@@ -31,7 +31,9 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Trusted, our own notebooks step without a kernel; JupyterLab strips scripts from what it does not know.
 lab: $(STAMP)
+	@$(BIN)/jupyter trust $(NOTEBOOKS) >/dev/null
 	$(BIN)/jupyter lab $(LAB_FLAGS) nbs/00_named_tensors.ipynb
 
 # What is there is the learner's: it is opened, never written over.
