@@ -76,7 +76,11 @@ def observe_class(request: dict, send) -> None:
         for check in request["checks"]:
             send(pack({"observations": observe(check, cls, seed=request["seed"])}))
     except BaseException as e:  # SystemExit too
-        send(pack({"error": what_happened(e)}))
+        try:
+            text = what_happened(e)
+        except BaseException:
+            text = f"{type(e).__name__}, which cannot be shown"
+        send(pack({"error": text}))
 
 
 READY = b"ready"  # until this is sent, whatever fails is a fault of the grader's

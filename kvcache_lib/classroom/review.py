@@ -15,7 +15,7 @@ from collections import Counter
 # %% ../../nbs/tools/classroom/review.ipynb #cell-4
 SMALLEST = 3  # nodes of a subtree that counts
 MOST = 6000  # numbers of a program that are kept
-ENOUGH = 60  # below so many, likeness says nothing: there is only one way to write it
+ENOUGH = 30  # below so many, likeness says nothing: there are few ways to write it
 WORDS = {"self", "super", "len", "range", "zip", "enumerate", "list", "tuple", "int", "float", "max", "min", "sum"}
 
 
@@ -82,10 +82,10 @@ def written(prints, given) -> Counter:
     return Counter(prints) - Counter(given)
 
 
-def likeness(one: Counter, other: Counter) -> float:
-    "From 0 to 1: the share of two programs that they have in common."
-    total = one.total() + other.total()
-    return 2 * (one & other).total() / total if total else 0.0
+def likeness(one: Counter, other: Counter) -> float | None:
+    "From 0 to 1: the share of the shorter program that is in the other too; None if it is too short to tell."
+    shorter = min(one.total(), other.total())
+    return (one & other).total() / shorter if shorter >= ENOUGH else None
 
 # %% ../../nbs/tools/classroom/review.ipynb #cell-7
 USUAL = set(

@@ -141,7 +141,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 WHY = {
-    "link": "is a link; links are not followed", "special": "is not a regular file", "hidden": "is a hidden folder",
+    "link": "is a link; links are not followed", "special": "is not a regular file", "hidden": "is hidden",
     "limit": f"was not looked into: more than {DEEPEST} folders deep, too many files, or not readable",
 }
 
@@ -175,19 +175,22 @@ def unzip(name: str, data: bytes) -> tuple[dict[str, bytes], dict[str, str]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for info in archive.infolist()[:ENTRIES]:
                 path = PurePosixPath(info.filename)
-                if not is_notebook(path.name) or any(part.startswith(".") or part == MAC for part in path.parts):
+                if not is_notebook(path.name) or MAC in path.parts:
                     continue
                 inside = f"{name}/{info.filename}"
+                if any(part.startswith(".") for part in path.parts):
+                    odd[inside] = WHY["hidden"]
+                    continue
                 if stat.S_ISLNK(info.external_attr >> 16):
                     odd[inside] = WHY["link"]
                     continue
                 with archive.open(info) as file:
                     files[inside] = file.read(min(FILE, left) + 1)
                 left -= len(files[inside])
-                if left < 0:
-                    raise ValueError(f"unpacks to more than {ALL / 2**20:g} MiB")
+                if left < 0 or len(files[inside]) > FILE:
+                    raise ValueError(f"it holds more than {FILE / 2**20:g} MiB in a file, or {ALL / 2**20:g} in all")
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError) as e:
-        odd[name] = f"cannot be unpacked ({one_line(e)})"
+        return {}, {name: f"cannot be unpacked ({one_line(e)})"}
     return files, odd
 
 
@@ -196,12 +199,15 @@ def choose(exercise: Exercise, files: dict[str, bytes], odd: dict[str, str]) -> 
 
     Raises ValueError, in words for the table, if there is none, or if several are equally deep.
     """
+    def short(path):
+        return path if len(path) <= 60 else f"{path[:40]}…{path[-19:]}"
+
     name = f"{exercise.notebook}.ipynb"
     found = sorted((path.count("/") + path.count("\\"), path) for path in files if path.replace("\\", "/").split("/")[-1] == name)
     if not found:
-        because = [f"{path} {why}" for path, why in odd.items() if path.replace("\\", "/").split("/")[-1] == name]
-        because += [f"{path} {why}" for path, why in odd.items() if why != "is no exercise" and not path.endswith(".ipynb")]
-        others = [path for path, why in odd.items() if why == "is no exercise" and exercise.module in path]
+        because = [f"{short(path)} {why}" for path, why in odd.items() if path.replace("\\", "/").split("/")[-1] == name]
+        because += [f"{short(path)} {why}" for path, why in odd.items() if why != "is no exercise" and not path.endswith(".ipynb")]
+        others = [short(path) for path, why in odd.items() if why == "is no exercise" and exercise.module in path]
         if because:
             raise ValueError("; ".join(because[:3]) if because[0].startswith(name) else f"{name} is missing; {'; '.join(because[:3])}")
         raise ValueError(f"{name} is missing" + (f"; there is {', '.join(others[:3])}" if others else ""))

@@ -127,8 +127,9 @@ class Learners:
                 mine.settimeout(limits.seconds)
                 mine.sendall(frame(pack(request)))
                 ready = read_frame(receive) == READY
-                for _ in range(request["frames"]):
+                for _ in range(request["frames"] - 1):
                     yield read_frame(receive)
+                last = read_frame(receive)
             except TimeoutError:
                 reason = f"stopped after {limits.seconds:g} s: an endless loop?"
             except Refused as e:
@@ -143,6 +144,7 @@ class Learners:
                 raise Broken(f"a sandbox did not get as far as the learner's code: {self.last_words() or reason.format(status)}")
             if reason:
                 raise Ended(reason.format(status))
+            yield last  # by now nothing of the learner's runs any more
 
     def close(self) -> None:
         if self.control is not None:
@@ -183,13 +185,17 @@ class Judge:
     def __init__(self):
         self.process, self.stopped = None, False
 
+    def start(self) -> None:
+        "Start the process, unless it runs."
+        if self.process is None or self.process.poll() is not None:
+            self.process = start_process("judging", None, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
     def judge(self, check: str, seed: int, data: bytes, seconds: float = 60.0) -> dict:
         "What `verdict` says. Raises Broken."
         if self.stopped:
             raise Broken("the run was stopped")
-        if self.process is None or self.process.poll() is not None:
-            self.process = start_process("judging", None, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            seconds += 60  # it imports torch first
+        self.start()
+        seconds += 60  # perhaps it still imports torch
         timer = threading.Timer(seconds, self.process.kill)
         timer.start()
         try:
@@ -229,6 +235,7 @@ class Worker:
 
     def read(self, submission: Submission) -> dict[str, dict]:
         "What `read_files` finds in a submission, by exercise. Raises Ended or Broken."
+        self.judge.start()  # it is needed soon
         request = {"job": "read", "frames": 1, "files": {"files": submission.files, "odd": submission.odd}}
         (answer,) = self.learners.run(request, Limits(seconds=20.0))
         return json.loads(answer)
