@@ -188,7 +188,7 @@ def pairs_alike(grades: list[Grade]) -> list[tuple]:
 
 # %% ../../nbs/tools/classroom/grading.ipynb #cell-11
 NO_SANDBOX = (
-    "kvcache-grade runs strangers' code, and there is no sandbox for it here: {}.\n"
+    "there is no sandbox here for the learners' code: {}.\n"
     "Install bubblewrap, or grade in a virtual machine. With --no-sandbox it grades all the same: then the code runs with "
     "your rights. It can read and change your files and other learners' grades, and use the network."
 )
@@ -218,7 +218,7 @@ def main(argv=None) -> None:
     try:
         sys.exit(run(args))
     except (OSError, ValueError) as e:
-        sys.exit(f"kvcache-grade: {printable(str(e))}")
+        sys.exit("kvcache-grade: " + "\n".join(map(printable, str(e).split("\n"))))
 
 
 def run(args) -> int:
