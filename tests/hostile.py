@@ -143,6 +143,7 @@ HOSTILE = {
     "kills all numbers": inside("import os\nfor pid in range(1, 40000):\n    try:\n        pid != os.getpid() and os.kill(pid, 9)\n    except OSError: pass\nos._exit(1)"),
     "stops its parent": inside("import os, signal\nos.kill(os.getppid() or 1, signal.SIGSTOP)\nos.kill(1, signal.SIGSTOP)\nos._exit(1)"),
     "interrupts its group": inside("import os, signal\nos.killpg(os.getpgid(0), signal.SIGINT)"),
+    "interrupts group 0": inside("import os, signal\nos.kill(0, signal.SIGINT)\nos.kill(0, signal.SIGKILL)"),
     "interrupts its parent": inside("import os, signal\nos.kill(os.getppid() or 1, signal.SIGINT)\nraise KeyboardInterrupt"),
     "loops": inside(LOOP),
     "loops and ignores signals": inside("import signal\nfor n in range(1, 30):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n" + LOOP),

@@ -207,6 +207,7 @@ def test_neighbours_keep_their_grades_and_nothing_is_changed_or_left(run):
     assert len(rows) == len(EXERCISES) * (2 + len(ATTACKS) + len(HOSTILE) + len(ODD))
     assert not facts["changed"] and facts["canary"] == "as it was" and facts["heard"] == []
     assert not [row for row in rows.values() if "as it was" in row.result], "the canary was read"
+    assert not [row for row in rows.values() if "could not be graded" in row.result], "someone broke a process of the grader's"
     left = [p for p in Path("/proc").iterdir() if p.name.isdigit() and parent(p) == os.getpid()]
     assert not [p for p in left if "kvcache" in (p / "cmdline").read_text(errors="replace")]
     assert not any(20_000 <= owner(p) < 60_000 for p in Path("/proc").iterdir() if p.name.isdigit()) or os.geteuid()

@@ -24,7 +24,7 @@ import kvcache_lib
 from .blanks import learner_notebook
 from .exercises import EXERCISES, Exercise
 from .notebooks import exported_source, write_whole
-from .report import as_csv, as_html, printable, table
+from .report import as_csv, as_html, one_line, printable, table
 from .results import Grade, NotWritten, Results
 from .review import ENOUGH, fingerprint, likeness, written
 from .sandbox import Limits, bwrap_arguments, why_no_sandbox
@@ -133,14 +133,20 @@ def grade_class(
         try:
             while not stop.is_set():
                 learner, path = waiting.get_nowait()
-                for grade in grade_submission(worker, course, learner, path, results):
-                    if stop.is_set():
-                        return
-                    found.put(grade)
+                left = {exercise.number for exercise in EXERCISES}
+                try:
+                    for grade in grade_submission(worker, course, learner, path, results):
+                        if stop.is_set():
+                            return
+                        found.put(grade)
+                        left.discard(grade.exercise)
+                except Exception as e:  # a fault of ours must not cost the others their grades
+                    for number in left:
+                        found.put(Grade(learner, number, "look", f"could not be graded: {type(e).__name__}: {one_line(e)}"))
                 found.put(None)
         except queue.Empty:
             pass
-        except BaseException as e:  # a fault of ours: the main thread raises it
+        except BaseException as e:  # the main thread raises it
             found.put(e)
         finally:
             worker.close()

@@ -122,6 +122,7 @@ def start_job(room, connection: socket.socket, limits: Limits) -> int:
         room.enter()
         inner = os.fork()
         if inner == 0:
+            os.setsid()  # else it could signal the group that it comes from, and the server with it
             only_this_is_open(connection)
             run_job(connection, room, limits)
         status = os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1])

@@ -189,7 +189,7 @@ class NoRoom:
             system_call("prctl", 36, 1, 0, 0, 0)
 
     def enter(self) -> None:
-        os.setsid()
+        pass
 
     def limit(self, limits: Limits) -> None:
         if sys.platform == "linux":

@@ -6,6 +6,7 @@
 __all__ = ['START', 'start_process', 'Ended', 'Broken', 'Learners', 'run_once', 'Judge', 'Outcome', 'Worker']
 
 # %% ../../nbs/tools/classroom/workers.ipynb #cell-2
+import contextlib
 import io
 import json
 import os
@@ -111,7 +112,7 @@ class Learners:
         self.start()
         mine, theirs = socket.socketpair()
         with mine:
-            with theirs:
+            with theirs, contextlib.suppress(OSError):
                 socket.send_fds(self.control, [json.dumps(asdict(limits)).encode()], [theirs.fileno()])
             started = self.answer(30)
             if "error" in started:
@@ -138,7 +139,8 @@ class Learners:
                 reason = "the code ended its process (exit status {}) before the checks were done"
             finally:
                 mine.close()
-                self.control.send(b".")
+                with contextlib.suppress(OSError):  # if the server is gone, its answer is missing too
+                    self.control.send(b".")
                 status = self.answer(30).get("status")
             if reason and not ready:
                 raise Broken(f"a sandbox did not get as far as the learner's code: {self.last_words() or reason.format(status)}")
