@@ -30,11 +30,7 @@ def verdict(check: str, seed: int, data: bytes) -> dict:
     if "error" in said:
         return {"holds": False, "result": one_line(said["error"])}
     try:
-        try:
-            judge = checks.judge
-        except AttributeError:
-            from kvcache_lib.classroom.standin import judge
-        report = judge(check, said["observations"], seed=seed)
+        report = checks.judge(check, said["observations"], seed=seed)
         return {"holds": True, "notes": [one_line(note) for note in report.notes]}
     except checks.CheckFailed as e:
         return {"holds": False, "result": one_line(e)}
