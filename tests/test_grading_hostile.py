@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hostile import ATTACKS, HOSTILE, SOLUTION
+from hostile import ATTACKS, HOSTILE, LIES, SOLUTION
 
 from kvcache_lib.classroom import grading
 from kvcache_lib.classroom.exercises import EXERCISES
@@ -25,7 +25,8 @@ needs_sandbox = pytest.mark.skipif(bool(REASON), reason=REASON)
 STEMS = [exercise.notebook for exercise in EXERCISES]
 # Those that only the clock ends.
 SLOW = ("loops", "loops and ignores signals", "raises what never ends", "matches for ever", "a large power", "a hanging import",
-        "a hanging class", "cancels its clock")
+        "cancels its clock")
+SOON = (*SLOW, "fills its disk", "recurses in C")  # these may end of themselves, but take their time
 
 
 def notebook(source: str) -> str:
@@ -79,7 +80,7 @@ ODD = {  # name: what to do in the learner's folder, and what the row must say
     "two copies": (lambda f: [put(f / d / FIRST, notebook(SOLUTION)) for d in "ab"], "several notebooks could be meant"),
     "a deep folder": (lambda f: nest(f, 1100), "is missing; "),
     "deep JSON": (lambda f: put(f / FIRST, "[" * 200_000), "not a Jupyter notebook"),
-    "large JSON": (lambda f: put(f / FIRST, '{"cells": [' + "[]," * 3_000_000 + "[]]}"), "not a Jupyter notebook"),
+    "large JSON": (lambda f: put(f / FIRST, '{"cells": [' + "[]," * 300_000 + "[]]}"), "not a Jupyter notebook"),
     "too large": (lambda f: sparse(f / FIRST, 2**35), "larger than 32 MiB"),
     "empty": (lambda f: put(f / FIRST, ""), "not a Jupyter notebook"),
     "UTF-16": (lambda f: (f / FIRST).write_bytes(notebook("x").encode("utf-16")), "not a Jupyter notebook"),
@@ -110,7 +111,7 @@ class Patient(grading.Worker):
     "Short time for those that would use all of it, much for the others: machines are slow at times."
 
     def check(self, exercise, sources):
-        slow = any(HOSTILE[name] in sources.values() for name in SLOW)
+        slow = any(HOSTILE[name] in sources.values() for name in SOON)
         self.limits = Limits(seconds=2.0 if slow else 120.0)
         return super().check(exercise, sources)
 
@@ -163,6 +164,8 @@ def run(tmp_path_factory):
     for name, (make, _) in ODD.items():
         (folder / name).mkdir()
         make(folder / name)
+    (folder / "lies").mkdir()
+    (folder / "lies" / "04_gpt.ipynb").write_text(notebook(LIES))
     before = states(folder)
     patch = pytest.MonkeyPatch()
     patch.setattr(grading, "Worker", Patient)
@@ -185,11 +188,17 @@ def test_no_pass_that_is_not_earned(run, name):
 
 
 @needs_sandbox
+def test_lies_about_the_work_are_not_believed_where_numbers_depend_on_the_cache(run):
+    assert run[0]["lies", 3].status == "fail", run[0]["lies", 3]
+
+
+@needs_sandbox
 @pytest.mark.parametrize("name", HOSTILE)
 def test_every_hostile_learner_has_a_row_and_no_pass(run, name):
     rows = [run[0][name, exercise.number] for exercise in EXERCISES]
     assert rows[0].status in ("fail", "look") and rows[0].result.isprintable(), rows[0]
-    assert ("stopped after 2 s" in rows[0].result) == (name in SLOW), rows[0]
+    assert name in SOON or "stopped after" not in rows[0].result, rows[0]
+    assert name not in SLOW or "stopped after 2 s: an endless loop?" in rows[0].result, rows[0]
     assert [row.result for row in rows[1:]] == [f"{stem}.ipynb is missing" for stem in STEMS[1:]]
 
 
@@ -204,7 +213,7 @@ def test_odd_files_are_named(run, name):
 def test_neighbours_keep_their_grades_and_nothing_is_changed_or_left(run):
     rows, facts = run
     assert {rows[learner, e.number].result for learner in ("aaa", "zzz") for e in EXERCISES} == {"solution taken"}
-    assert len(rows) == len(EXERCISES) * (2 + len(ATTACKS) + len(HOSTILE) + len(ODD))
+    assert len(rows) == len(EXERCISES) * (3 + len(ATTACKS) + len(HOSTILE) + len(ODD))
     assert not facts["changed"] and facts["canary"] == "as it was" and facts["heard"] == []
     assert not [row for row in rows.values() if "as it was" in row.result], "the canary was read"
     assert not [row for row in rows.values() if "could not be graded" in row.result], "someone broke a process of the grader's"

@@ -18,7 +18,7 @@ from .transport import Refused, frame, read_frame, unpack
 def verdict(check: str, seed: int, data: bytes) -> dict:
     """What the judge says of the bytes from a learner's process.
 
-    `{"holds": True, "notes": […]}`, `{"holds": False, "result": text}`, or with `"odd": True` if they are no observations.
+    `{"holds": True, "notes": […]}`, `{"holds": False, "result": text, "notes": […]}`; with `"odd": True` if they are no observations.
     """
     checks = importlib.import_module("kvcache_lib.checks")
     try:
@@ -33,7 +33,8 @@ def verdict(check: str, seed: int, data: bytes) -> dict:
         report = checks.judge(check, said["observations"], seed=seed)
         return {"holds": True, "notes": [one_line(note) for note in report.notes]}
     except checks.CheckFailed as e:
-        return {"holds": False, "result": one_line(e)}
+        result = one_line(e.mistake) + (f": {one_line(e.line)}" if e.line else "")  # the teacher may see the line
+        return {"holds": False, "result": result, "notes": [one_line(text) for text in (e.failed, e.example) if text]}
     except Exception as e:  # what was sent has not the form of observations, or the judge is at fault: a person must look
         return {"holds": False, "odd": True, "result": f"what the code's process sent cannot be judged ({type(e).__name__}: {one_line(e)})"}
 

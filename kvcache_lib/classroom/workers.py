@@ -258,7 +258,7 @@ class Worker:
                 said = self.judge.judge(check, self.seed, data, self.limits.seconds)
                 if not said["holds"]:
                     frames.close()
-                    return Outcome(False, before + said["result"], odd=bool(said.get("odd")))
+                    return Outcome(False, before + said["result"], tuple(said.get("notes", ())), bool(said.get("odd")))
                 before += f"{method} passes; "
                 notes += said["notes"]
             frames.close()
