@@ -27,7 +27,7 @@ from kvcache_lib.classroom.sandbox import Limits, why_no_sandbox
 from kvcache_lib.classroom.solutions import for_learner, solution_source, solve
 from kvcache_lib.classroom.submissions import collect, find_submissions, read_files
 from kvcache_lib.classroom.transport import Refused, pack, unpack
-from kvcache_lib.classroom.workers import Worker
+from kvcache_lib.classroom.workers import Outcome, Worker
 
 ROOT = Path(__file__).parents[1]
 ATTENTION = EXERCISES[0]
@@ -82,7 +82,7 @@ def test_a_class(blank, tmp_path, capsys, monkeypatch):
 
     def grade(*options):
         with pytest.raises(SystemExit) as stopped:
-            main([str(folder), "--seed", "3", *options])
+            main([str(folder), "--seed", "3", "--jobs", "1", *options])
         assert stopped.value.code == 0
         out = capsys.readouterr().out
         rows = [json.loads(line) for line in (tmp_path / "class-grades" / "results.jsonl").read_text().splitlines()]
@@ -114,32 +114,45 @@ def test_a_class(blank, tmp_path, capsys, monkeypatch):
     assert now == count + 3 and rows["syntax", 1]["status"] == "look"
 
 
-@needs_sandbox
 def test_a_fourth_exercise_is_graded_too(tmp_path, monkeypatch):
     "All that grading knows of the exercises stands in one table."
     from kvcache_lib.classroom import exercises, submissions
 
-    fourth = exercises.Exercise(4, "02_attention", "CausalSelfAttention_kv", {"forward": "check_attention"}, 1, 5)
+    fourth = exercises.Exercise(4, "02_attention", "CausalSelfAttention_kv", {"forward": "check_new", "backward": "check_attention"}, 1, 5)
     for module in (grading, submissions):
         monkeypatch.setattr(module, "EXERCISES", (*EXERCISES, fourth))
     cell = {"cell_type": "code", "source": "#| export\n" + solution_source(ATTENTION)}
     (tmp_path / "class" / "ada").mkdir(parents=True)
     (tmp_path / "class" / "ada" / "02_attention.ipynb").write_text(json.dumps({"cells": [cell]}))
+    asked = []
 
-    class Here(Worker):  # the sandboxed reader has the course's own table
+    class Here(Worker):
         def read(self, submission):
             return read_files({"files": submission.files, "odd": submission.odd})
 
         def check(self, exercise, sources):
-            return super().check(exercise, sources) if exercise.number == 4 else pytest.fail("only the fourth is new")
+            asked.append((exercise.number, sorted(sources)))
+            return Outcome(True, "pass")
 
+    monkeypatch.setattr(grading, "Worker", Here)
     with Results(tmp_path / "results.jsonl") as results:
-        monkeypatch.setattr(grading, "Worker", Here)
-        digest = grading.digest_of(collect("ada", tmp_path / "class" / "ada"), 60.0, True)
-        for number in (1, 2, 3):
-            results.add(Grade("ada", number, "fail", "before", digest=digest))
-        grade_class(find_submissions(tmp_path / "class")[0], results, jobs=1)
-        assert results.rows["ada", 4].status == "look" and results.rows["ada", 1].result == "before"
+        grade_class(find_submissions(tmp_path / "class")[0], results, sandboxed=False, jobs=1)
+        assert asked == [(1, ["attention"]), (4, ["attention", "block", "gpt"])]
+        assert results.rows["ada", 4].result == "passes, but is like the solution, 100%: look at it (on the course's exercise 2 and 3)"
+
+
+def test_what_is_seen_in_the_sandbox():
+    "What a visible module imports is visible; no solution is, and nothing that holds one."
+    seen = {name.removesuffix(".py") for name in sandbox.VISIBLE} - {"__init__"}
+    for name in sandbox.VISIBLE:
+        path = ROOT / "kvcache_lib" / name
+        for file in path.rglob("*.py") if path.is_dir() else [path]:
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))) if name != "__init__.py" else ():
+                up = 1 + len(file.relative_to(ROOT / "kvcache_lib").parts) - 1
+                if isinstance(node, ast.ImportFrom) and (node.level == up or (node.module or "").startswith("kvcache_lib")):
+                    first = (node.module or node.names[0].name).removeprefix("kvcache_lib.").split(".")[0]
+                    assert first in seen, (file, node.module)
+    assert not seen & {"attention", "block", "gpt", "fast", "buffer", "mistakes", "classroom", "nbs"}
 
 
 def test_finding_submissions(blank, tmp_path):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import kvcache_lib
 from .blanks import learner_notebook
 from .exercises import EXERCISES, Exercise
-from .notebooks import exported_source, write_whole
+from .notebooks import exported_source
 from .report import as_csv, as_html, one_line, printable, table
 from .results import Grade, NotWritten, Results
 from .review import ENOUGH, fingerprint, likeness, written
@@ -31,6 +31,7 @@ from .sandbox import Limits, bwrap_arguments, why_no_sandbox
 from .solutions import solution_source
 from .submissions import Submission, collect, find_submissions
 from .workers import Broken, Ended, Worker
+from ..files import write_whole
 
 # %% ../../nbs/tools/classroom/grading.ipynb #cell-5
 ALIKE = 0.8  # right solutions that were written without having seen another stay below 60 %
@@ -269,11 +270,11 @@ def run(args) -> int:
     alike = pairs_alike(grades)
     show(grades, about, alike, args.csv)
     try:
-        write_whole(out / "grades.csv", "\ufeff" + as_csv(grades))  # a spreadsheet knows UTF-8 by this mark
-        write_whole(out / "grades.html", as_html(grades, about, alike))
+        # A spreadsheet knows UTF-8 by the mark in front.
+        write_whole({out / "grades.csv": "\ufeff" + as_csv(grades), out / "grades.html": as_html(grades, about, alike)})
         print(f"Kept in {printable(str(out))}: results.jsonl, grades.csv, grades.html", file=sys.stderr)
-    except OSError as e:
-        raise NotWritten(f"the reports cannot be written to {out}: {e.strerror}. The results are in {kept}") from None
+    except ValueError as e:
+        raise NotWritten(f"the reports cannot be written: {e}. The results are in {kept}") from None
     return status
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from .exercises import EXERCISES, NOTEBOOKS, PACKAGE, Exercise
 from kvcache_lib.classroom.notebooks import (
-    NO_CLASS, exported_source, find_class, module_text, read_notebook, write_whole,
+    NO_CLASS, exported_source, find_class, module_text, read_notebook,
 )
+from ..files import write_whole
 
 # %% ../../nbs/tools/classroom/handing.ipynb #cell-3
 class NotExported(RuntimeError):
@@ -76,7 +77,7 @@ def export(cls: type) -> None:
                 f"{path} on disk does not hold the {exercise.cls}.{name} that runs here. Nothing was exported. "
                 f"Save the notebook (Ctrl+S), run the cell with your class once more, then run this cell again."
             )
-    write_whole(Path(PACKAGE, f"{exercise.module}.py"), module_text(nb, exercise.notebook))
+    write_whole({Path(PACKAGE, f"{exercise.module}.py"): module_text(nb, exercise.notebook)})
     following = NOTEBOOKS[NOTEBOOKS.index(exercise.notebook) + 1 :]
     wrong = first_mistake(cls, exercise)
     after = f"But its check does not pass yet: {wrong}" if wrong else f"Next: {following[0]}.ipynb" if following else ""

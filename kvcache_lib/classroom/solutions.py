@@ -11,8 +11,9 @@ from pathlib import Path
 
 from .exercises import EXERCISES, NOTEBOOKS, PACKAGE, Exercise, find_exercise
 from kvcache_lib.classroom.notebooks import (
-    class_cell, course_notebook, exported_source, is_exported, module_text, read_notebook, write_notebook, write_whole,
+    class_cell, course_notebook, exported_source, is_exported, module_text, notebook_text, read_notebook,
 )
+from ..files import write_whole
 
 # %% ../../nbs/tools/classroom/solutions.ipynb #cell-3
 TAKEN = "# Solution of exercise {n}, taken from the course."
@@ -70,7 +71,7 @@ def solve(number: int, folder) -> str:
     """Write the solution of an exercise into an edition, keep the learner's cell as a raw cell, and export the notebook.
 
     Returns what was done, in words.  Raises FileNotFoundError or ValueError if the folder holds no such notebook,
-    OSError if a file can't be written; what is there is never lost.
+    ValueError if a file can't be written; what is there is never lost.
     """
     exercise, folder = find_exercise(number), Path(folder)
     path, module = folder / f"{exercise.notebook}.ipynb", folder / PACKAGE / f"{exercise.module}.py"
@@ -84,12 +85,10 @@ def solve(number: int, folder) -> str:
         solution = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": solution_cell(exercise)}
         nb["cells"][at : at + 1] = [kept | {"cell_type": "raw", "metadata": {}}, solution]
     text = module_text(nb, exercise.notebook)
-    if not taken:
-        write_notebook(path, nb)
-    elif module.is_file() and module.read_text("utf-8") == text:
+    if taken and module.is_file() and module.read_text("utf-8") == text:
         return f"The solution of exercise {number} is in {path} already, and exported."
     module.parent.mkdir(exist_ok=True)
-    write_whole(module, text)
+    write_whole(({} if taken else {path: notebook_text(nb)}) | {module: text})
     return (
         f"The solution of exercise {number} is in {path}, and exported. It is marked as taken; a grade table will show that.\n"
         f"Your own cell is kept above it, as a raw cell. If the notebook is open: File → Reload Notebook from Disk."
