@@ -1,5 +1,9 @@
 """generate_kv writes what generate writes."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
 from conftest import CACHED, make_pair
@@ -7,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache_lib.block import Block_kv
-from kvcache_lib.mingpt import best_device
+from kvcache_lib.gpt import GPT_kv
+from kvcache_lib.mingpt import GPT, best_device
 
 
 def both(pair, prompt, tokens, **options):
@@ -90,6 +95,7 @@ def test_a_second_call_starts_afresh(pair):
     assert torch.equal(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:generating with dropout")
 @pytest.mark.parametrize("cached_class", CACHED)
 def test_mode_and_gradients_are_left_alone(cached_class):
     model, _ = make_pair(cached_class=cached_class)
@@ -98,3 +104,110 @@ def test_mode_and_gradients_are_left_alone(cached_class):
         assert not model.generate_kv(torch.zeros(1, 2, dtype=torch.long), 2).requires_grad
         assert model.training is mode
     assert torch.is_grad_enabled()
+
+
+# --- what people expect beyond the course's five settings ---
+
+WAYS = [(cls, name) for cls in (GPT, *CACHED) for name in ("generate", "generate_kv") if hasattr(cls, name)]
+ways = pytest.mark.parametrize("cls,name", WAYS, ids=lambda x: getattr(x, "__name__", x))
+
+
+def way(cls, name):
+    cached, plain = make_pair(cached_class=GPT_kv if cls is GPT else cls)
+    return getattr(plain if cls is GPT else cached, name)
+
+
+@ways
+@pytest.mark.parametrize("eos", range(0, 11, 2))
+def test_each_row_ends_by_itself(cls, name, eos):
+    generate, prompt = way(cls, name), torch.randint(11, (4, 3))
+    prompt[0, -1] = eos  # in the prompt it ends nothing
+    torch.manual_seed(1)
+    whole = generate(prompt, 20, do_sample=True)
+    torch.manual_seed(1)
+    got = generate(prompt, 20, do_sample=True, eos_token=eos)
+    longest = 0
+    for row, full in zip(got[:, 3:].tolist(), whole[:, 3:].tolist()):
+        end = full.index(eos) + 1 if eos in full else 20
+        # until the first row has ended the draws are the same; what follows an end is eos_token
+        ended = row.index(eos) + 1 if eos in row else len(row)
+        assert set(row[ended:]) <= {eos}
+        longest = max(longest, ended)
+        if end == min(r.index(eos) + 1 if eos in r else 20 for r in whole[:, 3:].tolist()):
+            assert row[:end] == full[:end]
+    assert got.size(1) == 3 + longest
+
+
+@ways
+def test_greedy_rows_end_where_they_would_alone(cls, name):
+    generate, prompt = way(cls, name), torch.randint(11, (5, 3))
+    full = generate(prompt, 13)
+    eos = full[0, 5].item()
+    got = generate(prompt, 13, eos_token=np.int64(eos))
+    for row, whole in zip(got[:, 3:].tolist(), full[:, 3:].tolist()):
+        end = whole.index(eos) + 1 if eos in whole else 13
+        assert row == whole[: min(end, len(row))] + [eos] * (len(row) - end)
+
+
+@ways
+def test_a_stream_yields_the_same_tokens_as_they_come(cls, name):
+    generate, prompt = way(cls, name), torch.randint(11, (2, 9))
+    want = generate(prompt, 12)
+    stream = generate(prompt, 10**18, stream=True)  # as many as one asks for
+    first = [next(stream) for _ in range(12)]
+    assert all(token.shape == (2, 1) and not token.requires_grad for token in first)
+    assert torch.equal(torch.cat([prompt, *first], dim=1), want) and torch.is_grad_enabled()
+    with pytest.raises(ValueError, match="top_k ≤ 11"):  # at once, not at the first token
+        generate(prompt, 4, top_k=12, stream=True)
+    eos = want[0, 10].item()
+    ended = list(generate(prompt, 12, eos_token=eos, stream=True))
+    assert torch.equal(torch.cat([prompt, *ended], 1), generate(prompt, 12, eos_token=eos))
+
+
+@ways
+def test_a_generator_of_ones_own(cls, name):
+    generate, prompt = way(cls, name), torch.randint(11, (2, 3))
+
+    def draw(seed):
+        return generate(prompt, 12, do_sample=True, generator=torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(5)
+    want, state = [draw(s) for s in (1, 2)], torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(*want)  # torch's own is not touched
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(draw, (1, 2)), want))
+
+
+@ways
+@pytest.mark.parametrize("temperature", [1e-45, 1e-320, 1e-3, 1, np.float32(2), 1e30, float("inf"), 10**20])
+def test_no_temperature_changes_greedy_text_or_breaks_sampling(cls, name, temperature):
+    generate, prompt = way(cls, name), torch.randint(11, (2, 3))
+    want = generate(prompt, 8)
+    assert torch.equal(generate(prompt, 8, temperature=temperature), want)
+    drawn = generate(prompt, 8, temperature=temperature, do_sample=True)
+    assert drawn.shape == (2, 11)
+    if temperature < 1e-40:
+        assert torch.equal(drawn, want)  # so sharp that nothing else is left
+
+
+@ways
+def test_whole_numbers_from_numpy(cls, name):
+    generate, prompt = way(cls, name), torch.randint(11, (2, 3))
+    torch.manual_seed(0)
+    want = generate(prompt, 5, do_sample=True, top_k=3)
+    torch.manual_seed(0)
+    got = generate(prompt, np.int64(5), do_sample=np.bool_(True), top_k=np.int32(3))
+    assert torch.equal(got, want)
+
+
+@ways
+def test_dropout_that_is_on_is_warned_of(cls, name):
+    generate = way(cls, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(torch.zeros(1, 2, dtype=torch.long), 2)
+        generate.__self__.train()
+        with pytest.raises(UserWarning, match=r"model.eval\(\)"):
+            generate(torch.zeros(1, 2, dtype=torch.long), 2)

@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 import types
+import warnings
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ def isolated():
             torch.set_default_dtype(torch.float32)
             torch.set_num_threads(1)  # tensors this small are slower on several
             seed(0)
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # train mode is tried on purpose
+                yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
