@@ -2,9 +2,11 @@
 # Each builds .venv first, once. PYTHON=python3.12 make … picks another Python.
 
 PYTHON ?= python3
+# The PyTorch that was tested. One that is in .venv already, say a build without CUDA, stays.
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
-NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
+NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 # JupyterLab refuses to run as root unless it is told to.
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
@@ -22,13 +24,16 @@ help:
 	@echo "make constraints  resolve the versions in constraints.txt anew"
 	@echo "make clean        remove .venv and what was built"
 
-$(STAMP): settings.ini setup.py constraints.txt
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 …" % v[:2])'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt '$(TORCH)'
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Trusted, our own notebooks step without a kernel; JupyterLab strips scripts from what it does not know.
 lab: $(STAMP)
+	@$(BIN)/jupyter trust $(NOTEBOOKS) >/dev/null
 	$(BIN)/jupyter lab $(LAB_FLAGS) nbs/00_named_tensors.ipynb
 
 # What is there is the learner's: it is opened, never written over.
@@ -66,7 +71,7 @@ export: $(STAMP)
 constraints: $(STAMP)
 	$(BIN)/python -m pip install -q uv
 	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.10 \
-	  --no-header --no-annotate --extra dev --extra teach setup.py | grep -v -E '^(nvidia-|cuda-|triton)'; } > constraints.new
+	  --no-header --no-annotate --extra dev --extra teach setup.py | grep -v -E '^(torch|nvidia-.*|cuda-.*|triton.*)=='; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:

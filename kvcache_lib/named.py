@@ -164,7 +164,7 @@ def self_attention(
     Y = dot(attention(Q, K, V, M), W_O, "heads", "val")
     return rename(Y, "seq′", "seq"), (K, V)  # the rows are the next layer's tokens
 
-# %% ../nbs/00_named_tensors.ipynb #cell-61
+# %% ../nbs/00_named_tensors.ipynb #cell-59
 @dataclass(frozen=True)
 class LayerCost:
     "What one layer costs for one step: multiply-adds, and bytes read and written."

@@ -95,7 +95,8 @@ class OwnAttend(CausalSelfAttention):
     def attend(self, q, k, v, mask):
         split = lambda z: z.reshape(*z.shape[:2], self.n_head, -1).permute(0, 2, 1, 3)
         q, k, v = split(q), split(k), split(v)
-        weights = torch.exp(q @ k.mT / q.size(-1) ** 0.5) * mask
+        scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(mask == 0, -math.inf)
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))  # without this, large scores overflow
         y = (weights / weights.sum(-1, keepdim=True)) @ v
         return self.c_proj(y.permute(0, 2, 1, 3).reshape(y.size(0), y.size(2), -1))
 
@@ -255,7 +256,7 @@ class ModelPrefill(GPT):
             return self.predict(x, targets)
         layers = list(kv_cache)
         if compute_first:
-            layers = [None for _ in layers]
+            layers = [None] * self.config.n_layer
         P = layers[0][0].size(1) if layers[0] else 0
         x = self.embed(idx[:, P:], start=P)
         for i, block in enumerate(self.transformer.h):

@@ -1,6 +1,7 @@
-"""The benchmark's file, its errors and what survives an interruption. Not one test looks at a time."""
+"""The benchmark's file, its errors and how it ends. Not one test looks at a time."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from kvcache_lib import benchmark
 from kvcache_lib.gpt import GPT_kv
+from kvcache_lib.measure import subjects, timing
 from kvcache_lib.mingpt import GPT
 
 QUICK = ["--device", "cpu", "--models", "gpt-nano", "--contexts", "2", "16", "--seconds", "0.01"]
@@ -49,7 +51,7 @@ def test_both_sides_predict_the_same():
     plain, cached = plain.double(), cached.double()
     for T in (2, 7, 64):
         no_kv, kv = benchmark.step_pair(plain, cached, T)
-        assert no_kv().shape == (1, benchmark.VOCAB_SIZE) and not kv().requires_grad
+        assert no_kv().shape == (1, subjects.VOCAB_SIZE) and not kv().requires_grad
         torch.testing.assert_close(kv(), no_kv(), rtol=1e-9, atol=1e-9)
 
 
@@ -65,7 +67,7 @@ def test_the_cached_side_encodes_one_token_and_the_other_all():
 
 def test_sides_take_turns():
     order = []
-    times = benchmark.interleaved(
+    times = timing.interleaved(
         lambda: (order.append("a"), time.sleep(0.02)),
         lambda: (order.append("b"), time.sleep(0.02)),
         seconds=0.01,
@@ -76,8 +78,17 @@ def test_sides_take_turns():
     assert all(len(t) >= 3 for t in times)
 
 
-def test_summary_is_median_and_quartiles():
-    assert benchmark.summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "runs": 5}
+def test_median_and_quartiles():
+    assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "runs": 5}
+
+
+def test_no_times_are_an_error_that_says_so():
+    with pytest.raises(ValueError, match="the times of two runs or more, got \\[1.0\\]"):
+        timing.quartiles([1.0])
+    with pytest.raises(ValueError, match="expected functions and min_rounds ≥ 1, got 0 and 5"):
+        timing.interleaved()
+    with pytest.raises(ValueError, match="got 1 and 0"):
+        timing.interleaved(lambda: None, min_rounds=0)
 
 
 def test_the_committed_results_belong_together():
@@ -86,9 +97,9 @@ def test_the_committed_results_belong_together():
     root = Path(__file__).parents[1]
     result = json.loads((root / "benchmark_results.json").read_text())
     assert (root / "benchmark_results.txt").read_text() == benchmark.format_results(result)
-    assert [m["model_type"] for m in result["models"]] == list(benchmark.MODELS)
+    assert [m["model_type"] for m in result["models"]] == list(subjects.MODELS)
     for model in result["models"]:
-        assert [r["T"] for r in model["rows"]] == list(benchmark.CONTEXTS)
+        assert [r["T"] for r in model["rows"]] == list(subjects.CONTEXTS)
         assert all(
             r[side]["q1"] <= r[side]["median"] <= r[side]["q3"]
             for r in model["rows"]
@@ -124,8 +135,11 @@ def test_other_classes_can_be_measured():
         (["--contexts", "64", "2049"], "contexts from 2 to 2048 tokens, got 2049"),
         (["--device", "abacus"], "expected device to be one of cpu.*got 'abacus'"),
         (["--seconds", "0"], "seconds > 0"),
+        (["--seconds", "nan"], "seconds > 0, got nan"),
+        (["--seconds", "inf"], "seconds > 0, got inf"),
         (["--out", "missing/r.txt"], "expected a file that can be written, got missing/r.txt"),
-        (["--out", "."], "expected a file that can be written, got ."),
+        (["--out", "."], "expected a file that can be written, got .: it is a folder"),
+        (["--out", ""], "expected a file that can be written, got .: it is a folder"),
         (["--out", "r.json"], "not to end on .json"),
     ],
 )
@@ -139,15 +153,32 @@ def test_bad_arguments_are_refused_before_any_work(arguments, says, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(ValueError, match="expected a file that can be written, got .*missing"):
-        benchmark.write_whole({tmp_path / "a.txt": "new", tmp_path / "missing" / "b.txt": "new"})
-    assert (tmp_path / "a.txt").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+@pytest.mark.parametrize(
+    "given,says",
+    [
+        (dict(models="gpt2"), "expected models to be a list or tuple such as .*, got 'gpt2'"),
+        (dict(contexts=64), "expected contexts to be a list or tuple such as .*, got 64"),
+        (dict(models=()), r"expected models to be .*, got \(\)"),
+        (dict(contexts=(64.0,)), "contexts from 2 to 2048 tokens, got 64.0"),
+        (dict(contexts=("64",)), "contexts from 2 to 2048 tokens, got '64'"),
+        (dict(device=None), "expected device to be one of cpu.*got None"),
+        (dict(device=["cpu"]), "expected device to be one of cpu.*got"),
+        (dict(seconds="1"), "expected seconds > 0, got '1'"),
+    ],
+)
+def test_measure_refuses_what_it_cannot_measure(given, says, monkeypatch):
+    monkeypatch.setattr(benchmark, "model_pair", lambda *args: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match=says):
+        benchmark.measure(**given)
 
 
-def test_an_interrupted_run_leaves_the_old_file(tmp_path):
+posix = pytest.mark.skipif(os.name != "posix", reason="a process cannot be sent these signals elsewhere")
+NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
+
+
+@posix
+@pytest.mark.parametrize("number", NAMES)
+def test_a_stopped_run_leaves_the_old_files_and_says_so_in_a_line(number, tmp_path):
     (tmp_path / "r.txt").write_text("old")
     (tmp_path / "r.json").write_text("old")
     arguments = [*QUICK, "--seconds", "60", "--out", "r.txt"]
@@ -159,7 +190,64 @@ def test_an_interrupted_run_leaves_the_old_file(tmp_path):
     while "T = 2" not in said:  # the bar shows what is being measured
         assert process.poll() is None, said
         said += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted; r.txt is as it was" in err and out == ""
+    assert process.returncode == 128 + number and out == "" and "Traceback" not in err
+    assert err.endswith(f"\n{NAMES[number]}; r.txt is as it was\n")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"r.txt": "old", "r.json": "old"}
+
+
+EARLY = """
+import os, runpy, sys
+
+class WhileTorchIsLoaded:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, WhileTorchIsLoaded())
+{start}
+"""
+STARTS = {
+    "script": "from kvcache_lib.measure.program import main; sys.exit(main())",
+    "python -m": "runpy.run_module('kvcache_lib.benchmark', run_name='__main__')",
+}
+
+
+@posix
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("number", NAMES)
+def test_a_signal_while_torch_is_loaded_is_one_line(number, start, tmp_path):
+    code = EARLY.format(number=int(number), start=STARTS[start])
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ran.stderr.strip() == f"kvcache-benchmark: {NAMES[number]}; nothing was written"
+    assert ran.returncode == 128 + number and ran.stdout == "" and not list(tmp_path.iterdir())
+
+
+@posix
+def test_a_signal_between_two_files_waits_for_the_second(tmp_path, monkeypatch, capsys):
+    real = os.replace
+
+    def replace(*names):
+        real(*names)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", replace)
+    (tmp_path / "r.txt").write_text("old")
+    (tmp_path / "r.json").write_text("old")
+    assert benchmark.main([*QUICK, "--out", str(tmp_path / "r.txt")]) == 130
+    text, result = (tmp_path / "r.txt").read_text(), json.loads((tmp_path / "r.json").read_text())
+    assert text == benchmark.format_results(result)
+    assert "interrupted; the results are written" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_results_that_cannot_be_written_are_shown(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    real = benchmark.measure
+    monkeypatch.setattr(benchmark, "measure", lambda *args: (folder.rmdir(), real(*args))[1])
+    with pytest.raises(SystemExit):
+        benchmark.main([*QUICK, "--out", str(folder / "r.txt")])
+    said = capsys.readouterr()
+    assert "gpt-nano  (0." in said.out and "expected a file that can be written" in said.err

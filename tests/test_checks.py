@@ -8,21 +8,28 @@ import numpy
 import pytest
 import torch
 from right_solutions import ATTENTIONS, BLOCKS, MODELS
+from right_texts import RIGHT_TEXTS
 
 from kvcache_lib.attention import CausalSelfAttention_kv
 from kvcache_lib.block import Block_kv
-from kvcache_lib.checks import CheckFailed, check_attention, check_block, check_generate, check_gpt, who_sees_whom
+from kvcache_lib.checks import CheckFailed, check_attention, check_block, check_generate, check_gpt, judge, who_sees_whom
+from kvcache_lib.checks.observe import observe
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPT, Block, CausalSelfAttention
-from kvcache_lib.mistakes import ATTENTION, BLOCK, CHECKS, MISTAKES, MODEL, WRITTEN_OUT, diagnosis, written
+from kvcache_lib.mistakes import ATTENTION, BLOCK, CHECKS, MISTAKES, MODEL, NOTED, WRITTEN_OUT, diagnosis, remarks, written
 
 RIGHT = [(check_attention, c) for c in (CausalSelfAttention_kv, *ATTENTIONS, written(ATTENTION), written(WRITTEN_OUT))]
 RIGHT += [(check_block, c) for c in (Block_kv, *BLOCKS, written(BLOCK))]
 RIGHT += [(check, c) for c in (GPT_kv, *MODELS, written(MODEL)) for check in (check_gpt, check_generate)]
+TEXTS = [
+    (check, name, source)
+    for (exercise, name), source in RIGHT_TEXTS.items()
+    for check in {"attention": (check_attention,), "block": (check_block,), "models": (check_gpt, check_generate)}[exercise]
+]
 
 
 def test_there_are_enough():
-    assert len(MISTAKES) >= 50
+    assert len(MISTAKES) >= 190
     assert len({(m.exercise, m.name) for m in MISTAKES}) == len(MISTAKES)
     assert {m.exercise for m in MISTAKES} == set(CHECKS)
 
@@ -42,6 +49,56 @@ def test_right_is_accepted(check, cls):
     assert report.title in text and report.title in table
     assert text.count("✓") == table.count("✓") == len(report.rows) >= 7
     assert all(name and tried for name, tried in report.rows)
+
+
+@pytest.mark.parametrize("check, name, source", TEXTS, ids=lambda z: z.__name__ if callable(z) else z if len(z) < 80 else "")
+def test_right_texts_are_accepted(check, name, source):
+    check(written(source, name))
+
+
+@pytest.mark.parametrize("mistake", NOTED, ids=lambda m: f"{m.exercise}: {m.name}")
+def test_what_costs_something_is_noted(mistake):
+    assert any(mistake.phrase in note for note in remarks(mistake))
+
+
+def plain(z):
+    if isinstance(z, dict):
+        return all(isinstance(k, str) and plain(v) for k, v in z.items())
+    if isinstance(z, (list, tuple)):
+        return all(map(plain, z))
+    return z is None or type(z) in (bool, int, float, str, torch.Tensor)
+
+
+@pytest.mark.parametrize("name", ["no scaling", "one buffer for all branches", "the loss detached with a cache"])
+def test_observed_in_one_place_and_judged_in_another(name):
+    "The judge is given plain data, and says the same. Another seed gives other numbers and the same diagnosis."
+    mistake = next(m for m in MISTAKES if m.name == name)
+    check, cls = CHECKS[mistake.exercise].__name__, written(mistake.source())
+    said = set()
+    for seed in (0, 7):
+        seen = observe(check, cls, seed)
+        assert plain(seen)
+        with pytest.raises(CheckFailed) as e:
+            judge(check, seen, seed)
+        said.add(e.value.mistake)
+    assert said == {diagnosis(mistake).mistake}
+    with pytest.raises(CheckFailed):
+        judge(check, observe(check, CHECKED[check], 1), seed=2)  # right answers to other questions
+
+
+CHECKED = {"check_attention": CausalSelfAttention_kv, "check_block": Block_kv, "check_gpt": GPT_kv, "check_generate": GPT_kv}
+
+
+@pytest.mark.parametrize("check", CHECKED)
+def test_right_under_another_seed(check):
+    assert judge(check, observe(check, CHECKED[check], 3), seed=3).notes == []
+
+
+def test_the_line_is_told_the_second_time():
+    found = diagnosis(next(m for m in MISTAKES if m.name == "the mask is not shifted"))
+    assert "P:P+T" in found.line and "P:P+T" not in str(found)
+    first, second = ("\n".join(found._render_traceback_()) for _ in range(2))
+    assert "P:P+T" not in first and "P:P+T" in second
 
 
 def test_reference_needs_no_notes():
@@ -121,7 +178,7 @@ def test_exception_keeps_its_traceback():
         frame = frame.tb_next
     assert "forward" in names
     shown = "\n".join(e.value._render_traceback_())
-    assert "no_such_method" in shown and "in forward" in shown and "kvcache_lib/checks.py" not in shown
+    assert "no_such_method" in shown and "in forward" in shown and "kvcache_lib/checks/" not in shown
 
 
 def test_failure_survives_a_pickle():

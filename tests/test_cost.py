@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvcache_lib import cost
 from kvcache_lib.cost import (
-    Machine, StepCost, balanced_batch, cache_bytes, count_operations, floors, measure_machine, predicted_seconds, step_cost,
+    Machine, Sizes, StepCost, balanced_batch, cache_bytes, count_operations, floors, measure_machine, predicted_seconds, step_cost,
 )  # fmt: skip
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPT, GPTConfig
@@ -110,6 +110,23 @@ def test_it_is_the_count_of_notebook_00_for_all_layers():
         assert step.bytes == 12 * (layer.linear_bytes + layer.attention_bytes) + last
 
 
+@pytest.mark.parametrize("new,seq,batch", STEPS)
+def test_five_sizes_cost_what_their_configuration_costs(new, seq, batch):
+    for config in CONFIGS:
+        five = GPT(config).config
+        five = Sizes(five.n_layer, five.n_head, five.n_embd, five.vocab_size, five.block_size)
+        for sizes in (five, tuple(five), list(five)):
+            assert step_cost(sizes, new, seq, batch, 8) == step_cost(config, new, seq, batch, 8)
+            assert cache_bytes(sizes, seq, batch) == cache_bytes(config, seq, batch)
+
+
+def test_layers_without_a_last_linear_one_cost_nothing_for_it():
+    step, layer = step_cost(Sizes(3, 2, 8, 0, 20), 5, 20, score_passes=2, all_logits=True), layer_cost(20, 5, 8, 2)
+    assert step.macs == 3 * (layer.linear_macs + layer.attention_macs)
+    assert step.bytes == 3 * (layer.linear_bytes + layer.attention_bytes)
+    assert step.logits_bytes == step.logits_macs == 0
+
+
 def test_a_batch_shares_the_weights_and_nothing_else():
     one, eight = (step_cost(GPT2, 3, 64, batch, cache_passes=3, score_passes=8) for batch in (1, 8))
     for part in StepCost.__dataclass_fields__:
@@ -205,6 +222,10 @@ def test_operations_grow_with_the_layers_and_not_with_the_width():
         (lambda: step_cost(GPT2, 1, 1, score_passes="8"), TypeError, "expected score_passes to be a whole number"),
         (lambda: step_cost(GPTConfig(model_type="gpt9"), 1, 1), ValueError, "unknown model_type 'gpt9'"),
         (lambda: cache_bytes(GPT2, -1), ValueError, "expected tokens ≥ 0, got -1"),
+        (lambda: step_cost((1, 1, 8, 5), 1, 1), ValueError, "expected n_layer, .*block_size, got \\(1, 1, 8, 5\\)"),
+        (lambda: step_cost(Sizes(1, 1, 8, -1, 4), 1, 1), ValueError, "expected vocab_size ≥ 0, got -1"),
+        (lambda: step_cost(Sizes(1, 1, 8.0, 5, 4), 1, 1), TypeError, "expected n_embd to be a whole number, got 8.0"),
+        (lambda: cache_bytes(Sizes(1, 1, 8, 5, 4), 5), ValueError, "expected at most 4 tokens, the block size, got 5"),
         (lambda: balanced_batch(GPT2, 0, TEN), ValueError, "expected new ≤ seq, got new=1 and seq=0"),
         (lambda: Machine("still", 0, 1), ValueError, "expected bandwidth > 0"),
         (lambda: Machine("lost", 1, float("nan")), ValueError, "rate > 0"),

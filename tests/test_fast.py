@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvcache_lib import fast
 from kvcache_lib.block import Block_kv
 from kvcache_lib.fast import GPT_fast, KVBuffer
-from kvcache_lib.ladder import peak_bytes
+from kvcache_lib.measure.profiling import peak_bytes
 from kvcache_lib.mingpt import GPTConfig
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvcache_lib import benchmark, ladder
+from kvcache_lib import benchmark
 from kvcache_lib.cost import cache_bytes, step_cost
+from kvcache_lib.measure import contestants, ladder, subjects
+from kvcache_lib.measure.drawing import draw_ladder
+from kvcache_lib.measure.profiling import operation_times, peak_bytes
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--ladder", "--device", "cpu", "--models", "gpt-nano", "--contexts", "16", "--seconds", "0.01"]
@@ -18,7 +21,7 @@ QUICK = ["--ladder", "--device", "cpu", "--models", "gpt-nano", "--contexts", "1
 @pytest.fixture(scope="module")
 def models():
     "The contestants in float64, without the one in bfloat16."
-    models = ladder.Contestants("gpt-nano")
+    models = contestants.Contestants("gpt-nano")
     for model in filter(None, (models.plain, models.kv, models.fast, models.peer)):
         model.double()
     models.half = None
@@ -27,10 +30,10 @@ def models():
 
 @pytest.mark.parametrize("B,T", [(1, 2), (3, 40)])
 def test_all_who_decode_predict_the_same_again_and_again(models, B, T):
-    steps = ladder.decode_steps(models, B, T)
+    steps = contestants.decode_steps(models, B, T)
     want = models.plain(models.tokens(B, T))[0][:, -1].detach()
     compared = [name for name in steps if not name.startswith(("floor", "bytes"))]
-    assert len(compared) == (6 if ladder.has_transformers() else 4)
+    assert len(compared) == (6 if not contestants.missing_peer() else 4)
     for name in compared:
         for _ in range(3):  # each leaves its cache as it was
             with torch.no_grad():
@@ -40,7 +43,7 @@ def test_all_who_decode_predict_the_same_again_and_again(models, B, T):
 def test_all_who_prefill_predict_the_same(models, monkeypatch):
     monkeypatch.setattr(models, "half", models.fast)
     want = models.plain(models.tokens(2, 30))[0][:, -1].detach()
-    for name, step in ladder.prefill_steps(models, 2, 30).items():
+    for name, step in contestants.prefill_steps(models, 2, 30).items():
         if not name.startswith(("floor", "bytes")):
             with torch.no_grad():
                 torch.testing.assert_close(step(), want, rtol=1e-9, atol=1e-9)
@@ -49,14 +52,14 @@ def test_all_who_prefill_predict_the_same(models, monkeypatch):
 def test_all_who_generate_write_the_same(models, monkeypatch):
     monkeypatch.setattr(models, "half", models.fast)
     want = models.plain.generate(models.tokens(2, 16), 30)
-    for name, step in ladder.generations(models, 2, 30).items():
+    for name, step in contestants.generations(models, 2, 30).items():
         assert torch.equal(step(), want), name
 
 
 @pytest.mark.parametrize("B,T,rows", [(1, 50, 1), (3, 20, 20)])
 def test_the_floor_multiplies_every_weight_and_reads_the_whole_cache(models, B, T, rows):
     config, read = models.kv.config, []
-    floor, bytes_ = ladder.floor_steps(models.kv, B, T, rows).values()
+    floor, bytes_ = contestants.floor_steps(models.kv, B, T, rows).values()
     cost = step_cost(config, rows, T, B, itemsize=8, all_logits=True)
     with FlopCounterMode(display=False) as counter:
         floor()
@@ -77,13 +80,13 @@ def test_the_floor_multiplies_every_weight_and_reads_the_whole_cache(models, B, 
 
 
 def test_ratios_are_those_of_the_medians():
-    steps = {name: lambda: torch.zeros(1) for name in ("GPT_kv", "GPT_fast", ladder.PEER, ladder.FLOOR)}
+    steps = {name: lambda: torch.zeros(1) for name in ("GPT_kv", "GPT_fast", contestants.PEER, contestants.FLOOR)}
     steps["other"] = lambda: torch.zeros(2)
     steps["GPT_fast"] = lambda: torch.full((1,), 0.5)
     rows = {row["name"]: row for row in ladder.group(steps, seconds=0.01, device="cpu")}
     for row in rows.values():
-        assert row["vs_transformers"] == row["median"] / rows[ladder.PEER]["median"]
-        assert row["vs_floor"] == row["median"] / rows[ladder.FLOOR]["median"]
+        assert row["vs_transformers"] == row["median"] / rows[contestants.PEER]["median"]
+        assert row["vs_floor"] == row["median"] / rows[contestants.FLOOR]["median"]
     assert (rows["GPT_fast"]["error"], rows["GPT_kv"]["error"], rows["other"]["error"]) == (0.5, 0.0, None)
 
 
@@ -95,15 +98,15 @@ def test_memory_and_operations_are_counted():
         (lambda: kept.append(x + 1), 1),
     ):
         assert (
-            tensors * x.nbytes <= ladder.peak_bytes(step) < tensors * x.nbytes + 100
+            tensors * x.nbytes <= peak_bytes(step) < tensors * x.nbytes + 100
         )  # PyTorch's own scalars
     replaced = [x + 1]
     assert (
-        ladder.peak_bytes(lambda: replaced.__setitem__(0, x + 1)) < 2 * x.nbytes
+        peak_bytes(lambda: replaced.__setitem__(0, x + 1)) < 2 * x.nbytes
     )  # the old one is given back
     ran = []
-    assert ladder.peak_bytes(lambda: ran.append(1), device="mps") is None and ran == [1]
-    calls = {name: n for name, (n, _) in ladder.operation_times(lambda: (x @ x) + x + x).items()}
+    assert peak_bytes(lambda: ran.append(1), device="mps") is None and ran == [1]
+    calls = {name: n for name, (n, _) in operation_times(lambda: (x @ x) + x + x).items()}
     assert (calls["aten::mm"], calls["aten::add"]) == (1, 2)
 
 
@@ -118,15 +121,56 @@ def test_the_command_writes_three_files(tmp_path, monkeypatch, capsys):
     assert groups == [(kind, B) for kind in ("decode", "prefill", "generate") for B in (1, 8)]
 
 
-def test_without_transformers_its_rows_are_left_out(monkeypatch):
-    monkeypatch.setattr(ladder, "has_transformers", lambda: False)
+def without_transformers(name):
+    raise contestants.PackageNotFoundError(name)
+
+
+def test_whether_transformers_can_take_part(monkeypatch):
+    for version, says in (
+        (without_transformers, "transformers is not installed"),
+        (lambda name: "4.57.1", "transformers 4.57.1 is too old, 5.0 is needed"),
+        (lambda name: "5.0.0", ""),
+        (lambda name: "10.1", ""),
+    ):
+        monkeypatch.setattr(contestants, "version", version)
+        assert contestants.missing_peer() == says
+
+
+def test_a_missing_peer_is_named_before_the_run_and_in_the_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contestants, "version", without_transformers)
     monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
-    result = ladder.measure_ladder(("gpt-nano",), (8,), "cpu", 0.01, batches=(1,))
+    real = ladder.measure_ladder
+
+    def measured(*args, **kwargs):
+        assert "transformers is not installed: its rows" in capsys.readouterr().err  # said by now
+        return real(*args, batches=(1,), **kwargs)
+
+    monkeypatch.setattr(ladder, "measure_ladder", measured)
+    assert benchmark.main([*QUICK, "--out", str(tmp_path / "l.txt")]) == 0
+    text, result = (tmp_path / "l.txt").read_text(), json.loads((tmp_path / "l.json").read_text())
     rows = [row for g in result["groups"] for row in g["rows"]]
     assert rows and not any("transformers" in row["name"] for row in rows)
     assert result["transformers"] is None and all(row["vs_transformers"] is None for row in rows)
-    assert "GPT_fast" in ladder.format_ladder(result)
-    ladder.draw_ladder(result)
+    assert "transformers none" in text and "left out" in text and contestants.PEER in text and "GPT_fast" in text
+
+
+def test_a_run_in_which_all_took_part_leaves_nothing_out():
+    result = {"groups": [{"rows": [{"name": name} for name in contestants.PEERS[:2]]}]}
+    assert ladder.left_out(result) == ["transformers, generate"]
+    assert ladder.left_out(json.loads((ROOT / "ladder_results.json").read_text())) == []
+
+
+def test_a_picture_that_fails_loses_no_run(tmp_path, monkeypatch, capsys):
+    results = json.loads((ROOT / "ladder_results.json").read_text())
+    monkeypatch.setattr(ladder, "measure_ladder", lambda *args, **kwargs: results)
+    monkeypatch.setattr(ladder, "draw_ladder", lambda result: 1 / 0)
+    (tmp_path / "l.svg").write_text("old")
+    assert benchmark.main([*QUICK, "--out", str(tmp_path / "l.txt")]) == 1
+    text, result = (tmp_path / "l.txt").read_text(), json.loads((tmp_path / "l.json").read_text())
+    assert text == ladder.format_ladder(result) and (tmp_path / "l.svg").read_text() == "old"
+    said = capsys.readouterr()
+    assert "l.svg" not in said.out.splitlines()[-1] and "l.json" in said.out.splitlines()[-1]
+    assert "l.svg could not be made and is as it was, so not of this run: ZeroDivisionError" in said.err
 
 
 def test_too_many_tokens_at_once_are_left_out(monkeypatch):
@@ -136,6 +180,13 @@ def test_too_many_tokens_at_once_are_left_out(monkeypatch):
     names = {(g["kind"], g["T"]): [row["name"] for row in g["rows"]] for g in result["groups"]}
     assert list(names) == [("decode", 8), ("decode", 12), ("prefill", 8), ("generate", 2)]
     assert names["decode", 8][0].startswith("no cache") and names["decode", 12][0] == "GPT_kv"
+
+
+@pytest.mark.parametrize("batches", [(), (0,), (1, True), (2.0,)])
+def test_bad_batches_are_refused_before_any_work(batches, monkeypatch):
+    monkeypatch.setattr(ladder, "Contestants", lambda *args: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match="expected batches of 1 text or more, got"):
+        ladder.measure_ladder(("gpt-nano",), (8,), "cpu", 0.01, batches)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +213,10 @@ def test_the_committed_results_belong_together():
     assert (ROOT / "ladder_results.txt").read_text() == ladder.format_ladder(result)
     decoded = [(g["model_type"], g["batch"], g["T"]) for g in result["groups"] if g["kind"] == "decode"]
     assert decoded == [
-        (m, B, T) for m in benchmark.MODELS for B in ladder.BATCHES for T in benchmark.CONTEXTS
+        (m, B, T) for m in subjects.MODELS for B in ladder.BATCHES for T in subjects.CONTEXTS
     ]
     assert {row["name"] for g in result["groups"] for row in g["rows"]} >= {
         "GPT_fast",
-        ladder.PEER,
-        ladder.FLOOR,
+        contestants.PEER,
+        contestants.FLOOR,
     }

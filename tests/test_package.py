@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-MODELS = ["named", "config", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort", "benchmark", "cost", "buffer", "fast", "ladder"]
+MODELS = [
+    "files", "measure", "measure.command", "named", "config", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort",
+    "measure.timing", "measure.subjects", "benchmark", "cost", "buffer", "fast",
+    "measure.profiling", "measure.contestants", "measure.drawing", "measure.ladder", "measure.program",
+]  # fmt: skip
 SCRIPT = """
 import importlib, json, sys
 import kvcache_lib

@@ -14,7 +14,6 @@ from .attention import who_sees_whom
 from .judging import Judge, explained, not_written, said
 from .observe import BASES, Observations
 from .report import CheckFailed, Report
-from ..mingpt import GPT, Block, CausalSelfAttention
 
 # %% ../../nbs/tools/checks/checks.ipynb #cell-4
 _all_ = ["CheckFailed", "Report", "who_sees_whom"]

@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from . import layer
+from . import layer, modes
 from .attention import promises
 from .judging import Case, Promise, close
 
@@ -67,5 +67,5 @@ def _guesses(b, x):
 
 
 layer.EXPLAIN_ROWS["check_block"] = explain_rows
-ONCE = Promise("attention runs once: each new token goes through it one time", ("no cache", "cache"), (layer.tokens_once,), "tokens counted at the attention")
+ONCE = Promise("attention runs once: each new token goes through it one time", ("no cache", "cache"), (modes.tokens_once,), "tokens counted at the attention")
 PROMISES = promises("block", ONCE)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['generator', 'baseline', 'attentions', 'rows', 'tokens', 'texts', 'targets', 'layer_cache', 'model_cache',
-           'held_cache']
+           'held_cache', 'given_cache']
 
 # %% ../../nbs/tools/checks/inputs.ipynb #cell-2
 from functools import lru_cache
@@ -89,8 +89,9 @@ def tokens(seed: int, text: int, B: int, start: int, n: int, vocab: int) -> Tens
     return torch.randint(vocab, (B, n), device="cpu", generator=generator(seed, 3, text, B, start, n))
 
 
+@lru_cache(256)
 def texts(scenario: Scenario, seed: int) -> list[Tensor]:
-    "For each call all of its text: (B, P + T, C) for a layer, (B, P + T) tokens for a model."
+    "For each call all of its text: (B, P + T, C) for a layer, (B, P + T) tokens for a model. Do not change it: it is kept."
     found = []
     for call in scenario.calls:
         if isinstance(call, LayerCall):
@@ -149,3 +150,13 @@ def held_cache(base, call: ForwardCall, idx: Tensor, seed: int):
     B = {"batch": call.B + 1, "one": 1}.get(call.cache, call.B)
     cache = model_cache(base, tokens(seed, 70, B, 0, call.held, base.config.vocab_size))
     return cache[:-1] if call.cache == "depth" else cache
+@lru_cache(1024)
+def given_cache(base, scenario: Scenario, number: int, seed: int):
+    "The cache that call `number` of a scenario is given, if it is not an earlier call's. Do not change it: it is kept."
+    call, text = scenario.calls[number], texts(scenario, seed)[number]
+    if isinstance(call, ForwardCall):
+        return held_cache(base, call, text, seed)
+    old = text[:, : call.P]
+    if call.cache_batch:
+        old = rows(seed, 9, call.cache_batch, 0, call.P, scenario.sizes.n_embd)
+    return layer_cache(base, old)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import inputs
 from .scenarios import SCENARIOS, SMALL, ForwardCall, GenerateCall, LayerCall, Scenario
-from .watching import Fresh, Passed, counting, described, isolated, kept, multiply_adds, plain, same, seed, tensors
+from .watching import Fresh, Passed, counting, described, isolated, kept, plain, same, seed, tensors
 from ..mingpt import GPT, Block, CausalSelfAttention
 
 UNUSUAL = 271828  # added to seeds: whoever sets one of the usual seeds must be seen
@@ -95,7 +95,7 @@ class Observations(Mapping):
     def _run(self, scenario: Scenario) -> list[dict]:
         runs = {LayerCall: _layer_call, ForwardCall: _forward_call, GenerateCall: _generate_call}
         found, returned, module, texts = [], [], None, inputs.texts(scenario, self.seed)
-        for call, text in zip(scenario.calls, texts):
+        for number, (call, text) in enumerate(zip(scenario.calls, texts)):
             out, seen = None, {"error": None, "out": None}
             try:
                 if module is not None and scenario.then:
@@ -107,7 +107,7 @@ class Observations(Mapping):
                     cache = returned[call.onto][-1]
                 make = runs[type(call)]
                 before = kept(module) if scenario.state else None
-                out = make(self, scenario, module, call, text, cache, seen)
+                out = make(self, scenario, module, number, text, cache, seen)
             except Exception as e:
                 seen["error"] = self._error(e)
             if module is not None:
@@ -137,11 +137,6 @@ def _watched(scenario: Scenario, seen: dict, **given):
     passed, state = Passed(**given), torch.default_generator.get_state()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(scenario.grad))
-        counter = None
-        if scenario.work:
-            from torch.utils.flop_counter import FlopCounterMode
-
-            counter = stack.enter_context(FlopCounterMode(display=False))
         if scenario.device != "cpu":
             stack.enter_context(torch.device(scenario.device))
         try:
@@ -149,17 +144,23 @@ def _watched(scenario: Scenario, seen: dict, **given):
         finally:
             seen["draws"] = not torch.equal(state, torch.default_generator.get_state())
             seen["changed"] = passed.changes()
-            if counter is not None:
-                seen["work"] = multiply_adds(counter)
 
 
-def _layer_call(self, scenario, module, call, x, cache, seen):
+def _multiply_adds(scenario: Scenario, call) -> int:
+    "What a call costs. Counting can disturb a right solution, so it is done in a call of its own, whose result is not used."
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with contextlib.suppress(Exception), torch.set_grad_enabled(scenario.grad), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() // 2
+
+
+def _layer_call(self, scenario, module, number, x, cache, seen):
+    call = scenario.calls[number]
     new = x[:, call.P :].clone()
     if cache is None and call.P:
-        old = x[:, : call.P]
-        if call.cache_batch:
-            old = inputs.rows(self.seed, 9, call.cache_batch, 0, call.P, scenario.sizes.n_embd)
-        cache = [t.clone().to(scenario.dtype) for t in inputs.layer_cache(self.base(scenario), old)]
+        given = inputs.given_cache(self.base(scenario), scenario, number, self.seed)
+        cache = [t.clone().to(scenario.dtype) for t in given]
     if call.nudge is not None and call.nudge < call.P:
         cache[0][:, call.nudge] += 1
         cache[1][:, call.nudge] += 1
@@ -177,7 +178,10 @@ def _layer_call(self, scenario, module, call, x, cache, seen):
     with _watched(scenario, seen, **{"x": new} | ({"kv_cache": cache} if call.P else {})), contextlib.ExitStack() as stack:
         if hasattr(module, "attn"):
             (seen["tokens"],) = stack.enter_context(counting([module.attn]))
-        out = module(new) if not call.P else module(new, kv_cache=cache) if call.named else module(new, cache)
+        run = lambda: module(new) if not call.P else module(new, kv_cache=cache) if call.named else module(new, cache)
+        out = run()
+    if scenario.work:
+        seen["work"] = _multiply_adds(scenario, run)
     seen["memory"] = max([t.untyped_storage().nbytes() / max(t.nbytes, 1) for name, t in tensors(out) if name != "out[0]"], default=1.0)
     if scenario.backward:
         _gradients(self, seen, module, leaves, out)
@@ -208,18 +212,22 @@ def _gradients(self, seen, module, leaves, out) -> None:
             seen["gradients"][part] = {"error": self._error(e)}
 
 
-def _forward_call(self, scenario, model, call, idx, cache, seen):
-    base, idx = self.base(scenario), idx.clone()
+def _forward_call(self, scenario, model, number, idx, cache, seen):
+    call = scenario.calls[number]
+    idx = idx.clone()
     y = inputs.targets(call, idx, self.seed, scenario.sizes.vocab_size)
     if cache is None and call.cache != "none":
-        held = inputs.held_cache(base, call, idx, self.seed)
+        held = inputs.given_cache(self.base(scenario), scenario, number, self.seed)
         cache = [layer and [t.clone().to(scenario.dtype) for t in layer] for layer in held]
     arguments = ({} if call.cache == "none" else {"kv_cache": cache}) | ({"compute_first": True} if call.compute_first else {})
     seed(self.seed + UNUSUAL)
     first = []
     with _watched(scenario, seen, idx=idx, targets=y, kv_cache=cache), counting(list(model.transformer.h), first) as counts:
         seen["tokens"] = counts
-        out = model(idx, **arguments) if y is None else model(idx, y, **arguments)
+        run = lambda: model(idx, **arguments) if y is None else model(idx, y, **arguments)
+        out = run()
+    if scenario.work:
+        seen["work"] = _multiply_adds(scenario, run)
     if scenario.weights == "clear":
         seen["first"] = first[0] if first else None
     if isinstance(out, tuple) and len(out) > 1 and isinstance(out[1], Tensor):
@@ -235,7 +243,8 @@ def _forward_call(self, scenario, model, call, idx, cache, seen):
     return out
 
 
-def _generate_call(self, scenario, model, call, idx, cache, seen):
+def _generate_call(self, scenario, model, number, idx, cache, seen):
+    call = scenario.calls[number]
     forward, steps, idx = model.forward, [], idx.clone()
     seen["steps"] = steps
 

@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'LONG', 'OTHER', 'WIDE', 'OTHER_SIZES', 'NO_DROPOUT', 'RATE'
            'plain', 'first', 'GenerateCall', 'drawn']
 
 # %% ../../nbs/tools/checks/scenarios.ipynb #cell-2
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -302,7 +302,7 @@ GENERATE = {
     "edge": Scenario((GenerateCall(1, 10, 9), GenerateCall(1, 17, 4), GenerateCall(1, 4, 0), GenerateCall(1, 20, 0))),
     **each_mode({"passed": Scenario((GenerateCall(2, 4, 3), GenerateCall(2, 9, 2), GenerateCall(1, 4, 0)))}),
     "train": Scenario((GenerateCall(2, 4, 5), GenerateCall(1, 17, 3)), NO_DROPOUT, train=True),
-    "long": Scenario((GenerateCall(1, 61, 11), GenerateCall(1, 3, 34)), OTHER),
+    "long": Scenario((GenerateCall(1, 61, 11), drawn(1, 3, 34, temperature=5.0)), OTHER),
     "device": Scenario((GenerateCall(1, 4, 3), drawn(1, 4, 3, top_k=3)), device="meta"),
     "bad": Scenario(
         (drawn(2, 4, 2, temperature=0.0), drawn(2, 4, 2, temperature=-1.0), drawn(2, 4, 2, top_k=0), drawn(2, 4, 2, top_k=18),

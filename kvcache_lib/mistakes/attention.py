@@ -25,7 +25,7 @@ ATTENTION_MISTAKES = (
     # who sees whom
     _attention(
         "the mask is skipped as soon as there is a cache",
-        "saw later tokens: the mask must be shifted by the cached length P",
+        "there is no mask when there is a cache",
         (_MASK, "mask=self.bias[:, :, :T, :S] if P == 0 else torch.ones(1, 1, T, S)"),
     ),
     _attention("the mask is not shifted", "the mask is not shifted", (_MASK, "mask=self.bias[:, :, :T, :S]")),
@@ -41,10 +41,10 @@ ATTENTION_MISTAKES = (
     ),
     _attention(
         "the last row of the mask is used for all new tokens",
-        "saw later tokens: the mask must be shifted",
+        "there is no mask when there is a cache",
         (_MASK, "mask=self.bias[:, :, :T, :T] if P == 0 else self.bias[:, :, S - 1 : S, :S]"),
     ),
-    _attention("no mask at all", "saw later tokens: the mask is missing", (_MASK, "mask=torch.ones(1, 1, T, S)")),
+    _attention("no mask at all", "there is no mask: every token saw all tokens", (_MASK, "mask=torch.ones(1, 1, T, S)")),
     _attention(
         "is_causal=True with a cache",
         "the mask is not shifted",
@@ -64,7 +64,7 @@ ATTENTION_MISTAKES = (
     ),
     _attention(
         "new tokens see the cache and themselves, but not each other",
-        "did not see position",
+        "but not the new tokens before it",
         (
             _MASK,
             (
@@ -76,7 +76,7 @@ ATTENTION_MISTAKES = (
     _attention("the mask's rows are those of the keys", "the mask is (T, S)", (_MASK, "mask=self.bias[:, :, :S, :S]")),
     _attention("the mask is a square of the new tokens", "the mask is (T, S)", (_MASK, "mask=self.bias[:, :, :T, :T]")),
     _attention(
-        "the mask is turned round", "the mask hides the wrong tokens", (_MASK, "mask=self.bias[:, :, P:S, :S].flip(2)")
+        "the mask is turned round", "saw later tokens, and some rows miss earlier ones", (_MASK, "mask=self.bias[:, :, P:S, :S].flip(2)")
     ),
     # the cache
     _attention(
@@ -123,7 +123,7 @@ ATTENTION_MISTAKES = (
     ),
     _attention(
         "the cache grows by duplicates",
-        "some are in it twice",
+        "more than there are",
         ("return y, [k, v]", "return y, [torch.cat([t, t[:, P:]], dim=1) for t in (k, v)]"),
     ),
     _attention(
@@ -133,7 +133,7 @@ ATTENTION_MISTAKES = (
     ),
     _attention(
         "appended along the wrong axis",
-        "appended along the wrong axis",
+        "append along another axis than the tokens'",
         (_CAT_K, "torch.cat([kv_cache[0], k], dim=2)"),
         (_CAT_V, "torch.cat([kv_cache[1], v], dim=2)"),
     ),
@@ -240,7 +240,7 @@ ATTENTION_MISTAKES = (
     ),
     _attention(
         "dropout that acts in eval mode too",
-        "dropout acts in eval mode too",
+        "random generator is not left as it was",
         ("self.attn_dropout(att)", "F.dropout(att, self.attn_dropout.p)"),
         right=WRITTEN_OUT,
     ),
@@ -266,7 +266,7 @@ ATTENTION_MISTAKES = (
     ),
     _attention(
         "the cache is kept in self",
-        "only the new tokens",
+        "self.old is kept from one call to the next",
         (
             _CAT,
             (
@@ -280,7 +280,7 @@ ATTENTION_MISTAKES = (
     ),
     _attention(
         "one buffer for all branches",
-        "never write into a tensor that has been handed out",
+        "is kept from one call to the next",
         (
             _CAT,
             (

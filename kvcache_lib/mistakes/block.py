@@ -60,7 +60,7 @@ BLOCK_MISTAKES = (
     _block("x changed in place", "x, which was passed in", ("x = x + a", "x += a")),
     _block(
         "the cache is kept in self",
-        "store nothing in self",
+        "self.cache is kept from one call to the next",
         (
             _RUN,
             (

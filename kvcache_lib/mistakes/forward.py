@@ -156,7 +156,7 @@ FORWARD_MISTAKES = (
             ),
         ),
     ),
-    _forward("targets not cut", "leave out the first P columns of targets", ("targets[:, P:]", "targets")),
+    _forward("targets not cut", "logits and targets are of different lengths", ("targets[:, P:]", "targets")),
     _forward(
         "the first targets instead of the new tokens'",
         "the loss takes the first targets",
@@ -169,7 +169,7 @@ FORWARD_MISTAKES = (
     ),
     _forward(
         "−1 not left out of the loss",
-        "ignore_index=-1",
+        "does not leave out the targets that are −1",
         (
             "        if kv_cache is None:\n            return logits, loss\n",
             (

@@ -119,11 +119,11 @@ GENERATE_MISTAKES = (
         ("range(max_new_tokens)", "range(max_new_tokens - 1)"),
     ),
     _generate(
-        "the window is never cut", "with compute_first=True", ("window = idx[:, -self.block_size :]", "window = idx")
+        "the window is never cut", "the cached keys are of no use", ("window = idx[:, -self.block_size :]", "window = idx")
     ),
     _generate(
         "the window is cut, the stale cache is kept",
-        "with compute_first=True",
+        "the cached keys are of no use",
         ("compute_first=slid", "compute_first=False"),
     ),
     _generate(
@@ -160,7 +160,7 @@ GENERATE_MISTAKES = (
     ),
     _generate(
         "the second call to forward in each step",
-        "more than one token is encoded per step",
+        "forward is called more than once for the same text",
         (_STEP, "self(window, kv_cache=kv_cache, compute_first=slid)\n            " + _STEP),
     ),
 )

@@ -55,7 +55,7 @@ ATTENTION_HIDDEN = (
     _out("attention dropout twice", _DROPPED, ("self.attn_dropout(att)", "self.attn_dropout(self.attn_dropout(att))")),
     _out("the two dropouts exchanged", "dropped as in the baseline", ("self.attn_dropout(att)", "self.resid_dropout(att)"),
          ("self.resid_dropout(self.c_proj(y))", "self.attn_dropout(self.c_proj(y))")),
-    _out("a dropout rate written in", _DROPPED, ("self.attn_dropout(att)", "F.dropout(att, 0.1, self.training)")),
+    _out("a dropout rate written in", "a rate is written in", ("self.attn_dropout(att)", "F.dropout(att, 0.1, self.training)")),
     _out("dropout before the softmax", _DROPPED, ("att = att.softmax(dim=3)", "att = self.attn_dropout(att).softmax(dim=3)"), ("self.attn_dropout(att) @ v", "att @ v")),
     _out("output dropout before c_proj", "output is not dropped as in the baseline", ("self.resid_dropout(self.c_proj(y))", "self.c_proj(self.resid_dropout(y))")),
     _attention("k and v dropped before they are stored", "nothing is dropped before it is stored", (
@@ -80,13 +80,13 @@ ATTENTION_HIDDEN = (
     _attention("in place without gradients only", "seen with gradients off", (
         "        y = self.attend(", "        if P and not torch.is_grad_enabled():\n            kv_cache[:] = [k, v]\n        y = self.attend(")),
     # numbers
-    _out("a mask of −50", "hidden with −50 only", ("-math.inf)", "-50.0)")),
-    _out("a mask of −10,000", "hidden with −10000 only", ("-math.inf)", "-1e4)")),
+    _out("a mask of −50", "that large scores outweigh", ("-math.inf)", "-50.0)")),
+    _out("a mask of −10,000", "that large scores outweigh", ("-math.inf)", "-1e4)")),
     _out("a softmax that overflows", "exp of a score of 1000 is infinite", ("att = att.softmax(dim=3)", "att = att.exp() / att.exp().sum(dim=3, keepdim=True)")),
     _out("zero times infinity", "0 · ∞ is NaN", ("att = att.masked_fill(self.bias[:, :, P:S, :S] == 0, -math.inf)", "att = att + (1 - self.bias[:, :, P:S, :S]) * -math.inf")),
     _out("bfloat16 inside", "about 3 digits only", ("att = att.softmax(dim=3)", "att = att.softmax(dim=3).bfloat16().to(x.dtype)")),
-    _attention("noise that is not used", "random numbers are drawn in eval mode", (_START, _START + "        torch.randn(1)\n")),
-    _attention("a generator seeded inside", "random numbers are drawn in eval mode", (_START, _START + "        torch.manual_seed(0)\n")),
+    _attention("noise that is not used", "random generator is not left as it was", (_START, _START + "        torch.randn(1)\n")),
+    _attention("a generator seeded inside", "random generator is not left as it was", (_START, _START + "        torch.manual_seed(0)\n")),
     _attention("the cache called otherwise", "arguments that it does not take", ("x, kv_cache=None", "x, cache=None"), (_START, "        kv_cache = cache\n" + _START)),
     _attention("a length taken from the list", "a list [k, v] has length 2, whatever it holds", ("P = 0 if kv_cache is None else kv_cache[0].size(1)", "P = 0 if kv_cache is None else len(kv_cache)")),
     _attention("a buffer that is saved", "register nothing that is saved", (
@@ -107,7 +107,7 @@ BLOCK_HIDDEN = (
 
 # %% ../../nbs/tools/mistakes/hidden.ipynb #cell-7
 FORWARD_HIDDEN = (
-    _forward("three layers written in", _SIZES, ("[None] * self.config.n_layer", "[None] * 3"), ("zip(self.transformer.h, layers)", "zip(self.transformer.h[:3], layers)")),
+    _forward("three layers written in", _SIZES, ("zip(self.transformer.h, layers)", "zip(self.transformer.h[:3], layers)")),
     _forward("positions wrapped at 64", _SIZES, (_EMBED, "self.embed(idx[:, P:], start=P % 64)")),
     _forward("embedding dropout twice", "the embedding is not dropped as in the baseline", (_EMBED, "self.transformer.drop(" + _EMBED + ")")),
     _forward("the cache ignored in train mode", "in train mode", ("if kv_cache is None or compute_first:", "if kv_cache is None or compute_first or self.training:")),
@@ -133,7 +133,7 @@ FORWARD_HIDDEN = (
 )  # fmt: skip
 
 GENERATE_HIDDEN = (
-    _generate("numbers drawn in greedy mode", "random numbers are drawn although do_sample=False", (f"            token = {_CHOOSE}\n", f"            token = {_CHOOSE}\n            torch.rand(1)\n")),
+    _generate("numbers drawn in greedy mode", "not left as it was although do_sample=False", (f"            token = {_CHOOSE}\n", f"            token = {_CHOOSE}\n            torch.rand(1)\n")),
     _generate("a token drawn too many", "more random numbers were drawn than generate draws", ("        return idx\n", "        if do_sample and max_new_tokens:\n            next_token(logits[:, -1], temperature, True, top_k)\n        return idx\n")),
     _generate("the cache rebuilt every 16 tokens", "in some steps the cache is thrown away", ("compute_first=slid", "compute_first=slid or idx.size(1) % 16 == 0")),
     _generate("stops at token 0", "the text that came back has the wrong length", (f"            token = {_CHOOSE}\n", f"            token = {_CHOOSE}\n            if not token.any():\n                break\n")),

@@ -143,5 +143,5 @@ def written(source: str, name: str = "right"):
 _RIGHT = dict(torch=torch, math=math, F=F, Tensor=Tensor, next_token=next_token, GPT=GPT, Block=Block)
 _RIGHT |= dict(CausalSelfAttention=CausalSelfAttention)
 for _text in (ATTENTION, BLOCK, MODEL):
-    _class = written(_text)
+    _class = written(_text, "right " + _text.split()[1].partition("(")[0])
     _RIGHT[_class.__name__] = _class
