@@ -132,8 +132,9 @@ class KVBuffer:
     def check_text(self, idx: Tensor, P: int) -> None:
         "Raise ValueError if the first P tokens of idx, (B, t), are not those that are known."
         known = min(P, self._known)
-        ours, given = self._tokens[:, :known], idx[:, :known]
-        if known and not torch.compiler.is_compiling() and not torch.equal(ours, given.to(ours.dtype)):
+        ours, given = self._tokens.narrow(1, 0, known), idx.narrow(1, 0, known)
+        given = given if given.dtype == torch.int64 else given.long()  # equal wants one dtype
+        if known and not torch.compiler.is_compiling() and not torch.equal(ours, given):
             row, place = (ours != given).nonzero()[0].tolist()
             raise ValueError(
                 f"the buffer belongs to another text: at position {place} of row {row} it holds token "
@@ -146,7 +147,7 @@ class KVBuffer:
             self._known = 0
             return
         known, t = min(P, self._known), idx.size(1)
-        self._tokens[:, known:t] = idx[:, known:]
+        self._tokens.narrow(1, known, t - known).copy_(idx.narrow(1, known, t - known))
         self._known = t
 
     def reserve(self, tokens: int) -> None:

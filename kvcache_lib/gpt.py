@@ -83,7 +83,7 @@ class GPT_kv(GPT):
         if kv_cache is not None:
             check_list(kv_cache, self.n_layer)
         layers = [None] * self.n_layer if kv_cache is None or compute_first else kv_cache
-        P = cached_tokens(layers, self.n_layer, B, self.config.n_embd, like=next(self.parameters()))
+        P = cached_tokens(layers, self.n_layer, B, self.config.n_embd, like=self.weight_like())
         check_longer(t, P)
 
         x = self.embed(idx[:, P:], start=P)

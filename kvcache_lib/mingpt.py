@@ -127,8 +127,7 @@ def check_tokens(idx: Tensor, name: str = "idx") -> None:
     if not isinstance(idx, Tensor):
         raise TypeError(f"expected {name} to be a tensor of token numbers, got {type(idx).__name__}")
     if idx.is_nested or idx.layout != torch.strided:
-        kind = "a nested tensor" if idx.is_nested else idx.layout
-        raise TypeError(f"expected {name} to be a dense tensor, got {kind}")
+        raise TypeError(f"expected {name} to be a dense tensor, got a nested or sparse one")
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"expected {name} to hold whole numbers (torch.int64), got {idx.dtype}")
     if idx.ndim != 2 or 0 in idx.shape:
@@ -178,9 +177,7 @@ def check_generation(
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"expected a torch.Generator, got {type(generator).__name__}")
         if generator.device.type != idx.device.type:
-            raise ValueError(
-                f"expected a generator on {idx.device}, as idx is, got one on {generator.device}"
-            )
+            raise ValueError(f"expected a generator on {idx.device}, got one on {generator.device}")
 
 # %% ../nbs/01_mingpt.ipynb #cell-29
 class GPT(nn.Module):
@@ -232,7 +229,7 @@ class GPT(nn.Module):
         masked = [block.attn for block in self.transformer.h if isinstance(getattr(block, "attn", None), CausalMask)]
         for attn in masked[1:]:
             one, other = masked[0].bias, attn.bias
-            same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+            same = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
             if same and (one.is_meta or torch.equal(one, other)):
                 attn.bias = one
 
@@ -245,6 +242,11 @@ class GPT(nn.Module):
         "The number of parameters of the whole model."
         return sum(p.numel() for p in self.parameters())
 
+    def weight_like(self) -> Tensor:
+        "A weight of the model, to tell its dtype and device by. Quick, since every step asks."
+        w = self._modules["transformer"]._modules["wte"]._parameters.get("weight")  # type: ignore[union-attr]
+        return next(self.parameters()) if w is None else w
+
     def check_length(self, idx: Tensor, targets: Tensor | None) -> None:
         """Raise ValueError or TypeError unless `forward` can work with these tokens and targets.
 
@@ -255,7 +257,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"expected at most {self.block_size} tokens, the block size, got {idx.size(1)}"
             )
-        where = getattr(self.transformer.wte, "weight", idx).device
+        where = self.weight_like().device
         if idx.device != where:
             raise ValueError(f"expected idx on {where}, where the model is, got it on {idx.device}")
         if targets is not None:
@@ -371,9 +373,7 @@ class GPT(nn.Module):
             logits, _ = self(text[:, -self.block_size :])
             return logits[:, -1]
 
-        return self.continue_text(
-            next_logits, idx, max_new_tokens, temperature, do_sample, top_k, **more
-        )
+        return self.continue_text(next_logits, idx, max_new_tokens, temperature, do_sample, top_k, **more)
 
     def configure_optimizers(self, train_config: Any) -> torch.optim.Optimizer:
         """AdamW in which only the weights of linear layers decay, not biases, norms and embeddings.
@@ -391,8 +391,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str) -> "GPT":
         """A model with the weights of a GPT-2: "gpt2" and its like, or a folder in transformers' format.
 
-        It takes the package transformers, and downloads what is not on the machine yet.
-        Raises ImportError or ValueError, see `gpt2_weights`.
+        It takes the package transformers, and downloads what is missing. For its errors see `gpt2_weights`.
         """
         config, state = gpt2_weights(name)
         model = cls(config)
