@@ -20,7 +20,7 @@ from .attention import CausalSelfAttention_kv, LayerCache
 from .block import Block_kv
 from .buffer import KVBuffer
 from .gpt import GPT_kv, KVCache, check_longer
-from .mingpt import CausalSelfAttention, NewGELU
+from .mingpt import NewGELU
 
 _all_ = ["KVBuffer"]
 

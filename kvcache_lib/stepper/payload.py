@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .pictures import View, filmstrip, headline, reason
+from .pictures import View, headline, reason
 from .recording import MACHINE, Trace, predicted, step_cost, step_seconds
 
 # %% ../../nbs/tools/stepper/payload.ipynb #cell-5
