@@ -86,8 +86,9 @@ ATTACKS = {
         "class CausalSelfAttention_kv(CausalSelfAttention_kv): pass",
     "the file": HEAD + "import kvcache_lib\nexec(open(os.path.join(os.path.dirname(kvcache_lib.__file__), 'attention.py')).read().replace('from .', 'from kvcache_lib.'))\n"
         "class CausalSelfAttention_kv(CausalSelfAttention_kv): pass",
-    "the disk": HEAD + "found = ''\nfor root, _, names in os.walk('/'):\n    for name in names:\n"
-        "        if name.startswith(('attention', '02_attention')) and 'site-packages/t' not in root:\n"
+    "the disk": HEAD + "found = ''\nfor root, folders, names in os.walk('/'):\n"
+        "    folders[:] = [f for f in folders if f not in ('torch', 'transformers', 'share', 'include', 'x86_64-linux-gnu')]\n    for name in names:\n"
+        "        if name.startswith(('attention', '02_attention')):\n"
         "            try: text = open(os.path.join(root, name), errors='ignore').read()\n            except OSError: continue\n"
         "            if 'class CausalSelfAttention_kv' in text: found = text\nexec(found)\nclass CausalSelfAttention_kv(CausalSelfAttention_kv): pass",
     "another process": HEAD + "import subprocess, kvcache_lib\n"

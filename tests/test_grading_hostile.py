@@ -112,7 +112,7 @@ class Patient(grading.Worker):
 
     def check(self, exercise, sources):
         slow = any(HOSTILE[name] in sources.values() for name in SOON)
-        self.limits = Limits(seconds=2.0 if slow else 120.0)
+        self.limits = Limits(seconds=1.0 if slow else 120.0, memory=2**29)
         return super().check(exercise, sources)
 
 
@@ -153,7 +153,7 @@ def run(tmp_path_factory):
     canary.write_text("as it was")
     for learner in ("aaa", "zzz"):
         (folder / learner).mkdir(parents=True)
-        for exercise in EXERCISES:
+        for exercise in EXERCISES if learner == "aaa" else EXERCISES[:1]:
             taken = f"{TAKEN.format(n=exercise.number)}\n"
             (folder / learner / f"{exercise.notebook}.ipynb").write_text(notebook(taken + solution_source(exercise)))
     for name, source in {**ATTACKS, **HOSTILE}.items():
@@ -171,7 +171,7 @@ def run(tmp_path_factory):
     patch.setattr(grading, "Worker", Patient)
     try:
         with Results(tmp / "results.jsonl") as results:
-            grading.grade_class(find_submissions(folder)[0], results, jobs=2, seed=1, hidden=[folder])
+            grading.grade_class(find_submissions(folder)[0], results, jobs=1, seed=1, hidden=[folder])
     finally:
         patch.undo()
     facts = {"changed": states(folder) != before, "canary": canary.read_text(), "heard": ear.heard, "folder": folder}
@@ -198,7 +198,7 @@ def test_every_hostile_learner_has_a_row_and_no_pass(run, name):
     rows = [run[0][name, exercise.number] for exercise in EXERCISES]
     assert rows[0].status in ("fail", "look") and rows[0].result.isprintable(), rows[0]
     assert name in SOON or "stopped after" not in rows[0].result, rows[0]
-    assert name not in SLOW or "stopped after 2 s: an endless loop?" in rows[0].result, rows[0]
+    assert name not in SLOW or "stopped after 1 s: an endless loop?" in rows[0].result, rows[0]
     assert [row.result for row in rows[1:]] == [f"{stem}.ipynb is missing" for stem in STEMS[1:]]
 
 
@@ -212,7 +212,7 @@ def test_odd_files_are_named(run, name):
 @needs_sandbox
 def test_neighbours_keep_their_grades_and_nothing_is_changed_or_left(run):
     rows, facts = run
-    assert {rows[learner, e.number].result for learner in ("aaa", "zzz") for e in EXERCISES} == {"solution taken"}
+    assert {rows["aaa", e.number].result for e in EXERCISES} == {rows["zzz", 1].result} == {"solution taken"}
     assert len(rows) == len(EXERCISES) * (3 + len(ATTACKS) + len(HOSTILE) + len(ODD))
     assert not facts["changed"] and facts["canary"] == "as it was" and facts["heard"] == []
     assert not [row for row in rows.values() if "as it was" in row.result], "the canary was read"
