@@ -41,7 +41,7 @@ def _kind(dtype: Any, device: Any) -> tuple[torch.dtype, torch.device]:
     try:
         device = torch.get_default_device() if device is None else torch.device(device)
         device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"no device {device!r} here: {str(e).splitlines()[0]}") from None
     return dtype, device
 
@@ -254,7 +254,9 @@ class KVBuffer:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "KVBuffer":
         "A copy on another device, of another dtype, or both; what is None stays as it is."
-        kind, place = _kind(dtype or self.data.dtype, device or self.data.device)
+        kind, place = _kind(
+            self.data.dtype if dtype is None else dtype, self.data.device if device is None else device
+        )
         return self._copy(self.capacity, None, kind, place)
 
     def to_lists(self) -> list[list[Tensor]]:

@@ -132,7 +132,8 @@ class CausalSelfAttention_fast(CausalSelfAttention_kv):
         if not isinstance(kv_cache, Tensor):
             return super().forward(x, kv_cache)
         B, T, _ = x.shape
-        this, m = type(self), self._modules
+        this: Any = type(self)
+        m: Any = self._modules
         if (
             this.project is CausalSelfAttention_fast.project
             and this.attend is CausalSelfAttention_fast.attend

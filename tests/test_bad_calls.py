@@ -3,6 +3,7 @@
 Seeded, so that it says the same on every run. CALLS=6000 in the environment makes it long.
 """
 
+import linecache
 import os
 import random
 import warnings
@@ -20,7 +21,7 @@ from kvcache_lib.trainer import Trainer, TrainerConfig
 
 CALLS = int(os.environ.get("CALLS", 600))
 OURS = str(Path(kvcache_lib.__file__).parent)
-CLEAR = (TypeError, ValueError, MemoryError, AttributeError, NotImplementedError)
+CLEAR = (TypeError, ValueError, MemoryError, AttributeError, NotImplementedError, RuntimeError)
 CLOSE = dict(rtol=1e-9, atol=1e-9)
 N_LAYER, V, BLOCK = 2, 11, 16
 
@@ -80,10 +81,10 @@ def is_clear(error: BaseException) -> bool:
     where = error.__traceback__
     while where.tb_next is not None:
         where = where.tb_next
-    text = str(error)
-    named = where.tb_frame.f_code.co_filename.startswith(OURS) or "<string>" in where.tb_frame.f_code.co_filename
+    text, code = str(error), where.tb_frame.f_code
+    raised = code.co_filename.startswith(OURS) and linecache.getline(code.co_filename, where.tb_lineno).strip().startswith("raise ")
     signature = isinstance(error, TypeError) and ("argument" in text and ("unexpected" in text or "positional" in text))
-    return isinstance(error, CLEAR + (RuntimeError,)) and bool(text) and (named or signature)
+    return isinstance(error, CLEAR) and bool(text) and (raised or signature)
 
 
 class Calls:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import stat
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -219,7 +220,12 @@ def test_neighbours_keep_their_grades_and_nothing_is_changed_or_left(run):
     assert not [row for row in rows.values() if "could not be graded" in row.result], "someone broke a process of the grader's"
     left = [p for p in Path("/proc").iterdir() if p.name.isdigit() and parent(p) == os.getpid()]
     assert not [p for p in left if "kvcache" in (p / "cmdline").read_text(errors="replace")]
-    assert not any(20_000 <= owner(p) < 60_000 for p in Path("/proc").iterdir() if p.name.isdigit()) or os.geteuid()
+    jobs = lambda: {p.name for p in Path("/proc").iterdir() if p.name.isdigit() and 20_000 <= owner(p) < 60_000}
+    left, end = jobs(), time.monotonic() + 60  # another test may be grading at the same time: its jobs end by themselves
+    while left and time.monotonic() < end:
+        time.sleep(0.5)
+        left &= jobs()
+    assert not left or os.geteuid()
 
 
 def parent(path: Path) -> int:

@@ -182,6 +182,15 @@ def test_next_token_draws_from_the_tempered_softmax():
     torch.testing.assert_close(drawn.bincount() / 40_000, (logits[0] / 0.5).softmax(0), atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-30, float("inf")])
+def test_no_temperature_overflows(dtype, temperature):
+    logits = torch.tensor([[300.0, -250.0, 296.0, -300.0]], dtype=dtype).repeat(400, 1)
+    drawn = set(next_token(logits, temperature, do_sample=True).flatten().tolist())
+    assert drawn == ({0, 1, 2, 3} if temperature > 1 else {0})
+    assert (next_token(logits, temperature) == 0).all()
+
+
 def test_next_token_leaves_the_logits_alone():
     logits = torch.randn(2, 11)
     before = logits.clone()

@@ -4,6 +4,7 @@ PyTorch's own types are skipped here, since reading them takes minutes. With the
 """
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,9 @@ def test_a_type_checker_agrees(tmp_path):
 
 
 def test_the_users_program_runs():
-    ran = subprocess.run([sys.executable, "-m", "tests.user_program"], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.user_program"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
+    )
     assert ran.returncode == 0 and not ran.stderr, ran.stderr
 
 
