@@ -160,7 +160,8 @@ def test_a_hundred_traces_leave_nothing(models):
     before = tensors()
     for _ in range(100):
         trace(models[0], PROMPT, 2)
-    assert tensors() == before and hooks(models[0]) == 0
+    # Not more: what earlier tests left behind may be freed meanwhile. A tensor a trace would make a hundred more.
+    assert tensors() <= before and hooks(models[0]) == 0
 
 
 class Fused(CausalSelfAttention_kv):
