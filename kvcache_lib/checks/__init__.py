@@ -36,7 +36,6 @@ def judge(check: str, observations, seed: int = 0, below: Judge | None = None) -
     below: the judge of what the class is built on, or None.
     Returns a report. Raises CheckFailed, which names the mistake.
     """
-    title, promises, place = PROMISES[check]
     return _judge(check, observations, seed, below).report()
 
 

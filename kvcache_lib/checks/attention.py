@@ -13,7 +13,7 @@ import torch
 
 from . import layer, modes
 from kvcache_lib.checks.judging import (
-    Case, Judge, Promise, close, draws_nothing, keeps_nothing, listed, mode_kept, on_any_device, refused, still_as_returned, unchanged,
+    Case, Judge, Promise, close, draws_nothing, follows_weights, keeps_nothing, listed, mode_kept, no_state, on_any_device, refused, still_as_returned, unchanged,
 )
 from .observe import Observations
 from .report import CheckFailed
@@ -174,8 +174,8 @@ NOTES = (
 )
 
 
-def promises(small: str, *more: Promise) -> tuple:
-    "The promises of a layer. small: what exercise it is.  more: those of a block alone."
+def promises(*more: Promise) -> tuple:
+    "The promises of a layer. more: those of a block alone."
     return (
         Promise("without a cache: the baseline's rows", ("no cache",), (*EVAL, layer.rows), "1 to 18 tokens, 1 and 2 sequences"),
         Promise("nothing of a text is kept", ("kept",), (layer.returned, keeps_nothing), "two texts, everything that was left compared"),
@@ -186,12 +186,12 @@ def promises(small: str, *more: Promise) -> tuple:
         Promise("what was passed in stays as it was", ("passed", "passed, no_grad"), (*EVAL, layer.rows),
                 "x, the list, its tensors and the memory behind them"),
         Promise("two branches of one cache, in one module, and other texts between", ("branches", "branches, no_grad"),
-                (layer.no_state, still_as_returned), "with gradients and without"),
+                (no_state(layer.right), still_as_returned), "with gradients and without"),
         Promise("random cuts, each step with the cache of the step before", ("cuts",), (*EVAL, layer.rows, layer.contents),
                 "17 cuts, 1 to 3 sequences, y and the cache"),
         *more,
         Promise("other sizes: a longer block, other heads", ("long", "other", "wide"), (layer.rows, layer.contents), "up to 320 tokens, 2 to 5 heads, 9 sequences"),
-        Promise("weights may change between two calls", ("other weights",), (layer.follows_weights,), "other weights, same text"),
+        Promise("weights may change between two calls", ("other weights",), (follows_weights(layer.right, "module"),), "other weights, same text"),
         Promise("gradients flow, without a cache and with one", ("gradients",), (layer.gradients,), "those of x and of all weights"),
         Promise("large scores", ("huge",), (overflows, layer.rows), "scores of 10⁵"),
         Promise("float32 and bfloat16", ("float32", "bfloat16"), (modes.any_dtype,), "dtype and numbers"),
@@ -203,4 +203,4 @@ def promises(small: str, *more: Promise) -> tuple:
     )  # fmt: skip
 
 
-PROMISES = promises("attention")
+PROMISES = promises()

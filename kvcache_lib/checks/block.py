@@ -68,4 +68,4 @@ def _guesses(b, x):
 
 layer.EXPLAIN_ROWS["check_block"] = explain_rows
 ONCE = Promise("attention runs once: each new token goes through it one time", ("no cache", "cache"), (modes.tokens_once,), "tokens counted at the attention")
-PROMISES = promises("block", ONCE)
+PROMISES = promises(ONCE)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'ALWAYS', 'EVAL', 'PROMISES', 'first_new', 'wanted', 'returned', 'logits', 'right', 'caches', 'loss',
-           'tokens_once', 'follows_weights', 'no_state', 'gradients', 'embedding_dropout', 'any_dtype', 'work',
-           'baseline_kept']
+           'tokens_once', 'gradients', 'embedding_dropout', 'any_dtype', 'work', 'baseline_kept']
 
 # %% ../../nbs/tools/checks/forward.ipynb #cell-2
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from . import inputs
 from kvcache_lib.checks.judging import (
-    Case, Promise, close, draws_nothing, explained, keeps_nothing, mode_kept, not_written, numbers, on_any_device, pattern, refused,
-    rough, said, still_as_returned, stopped, surroundings, unchanged,
+    Case, Promise, begins_with, close, draws_nothing, explained, follows_weights, keeps_nothing, mode_kept, no_state, not_written, numbers, on_any_device, pattern, refused,
+    rough, said, still_as_returned, stopped, surroundings, unchanged, works_no_more,
 )
-from .layer import reference
-from .logits import explain_logits
+from .logits import explain_logits, from_caches
 from .modes import nothing_dropped
 from .report import CheckFailed
 from .scenarios import OTHER_SIZES, RATE
@@ -54,17 +52,12 @@ def returned(case: Case):
         if case.call.compute_first:
             case.fail(f"compute_first=True must take no notice of what the cache holds, whether it fits or not (it stopped in {stopped(error)})",
                  said(error), "`layers = [None] * n_layer`")  # fmt: skip
-        found = pattern(case.judge, ("small",), _logits_right) if case.call.cache == "right" else None
+        found = pattern(case.judge, ("small",), lambda c: begins_with(c, wanted(c))) if case.call.cache == "right" else None
         text, line = explained(error, SHAPES if case.call.cache == "right" else ())
         if found and "P = 3" in found[0]:
             text, line = f"{found[0]} (it stopped in {stopped(error)})", found[1]
         case.fail(surroundings(case) + text, said(error), line)
     return _parts(case)
-
-
-def _logits_right(case: Case) -> bool:
-    out = case.seen["out"]
-    return isinstance(out, (tuple, list)) and len(out) > 0 and close(out[0], wanted(case))
 
 
 def _parts(case: Case):
@@ -270,21 +263,6 @@ def tokens_once(case: Case) -> None:
     case.fail("a block runs more often than it must: call it once, and keep both things that it returns", shown, "`x, layer = block(…)`", sure=True)
 
 
-def follows_weights(case: Case) -> None:
-    "After the weights have changed, as in training, the results are those of the new ones."
-    if case.number and not right(case):
-        case.fail("the results are those of weights that the model no longer has: something computed from them is kept", "the weights changed"
-                  " between two calls", sure=True)  # fmt: skip
-
-
-def no_state(case: Case) -> None:
-    "In one model, call after call: the same as in a fresh one. Only asked when single calls are right."
-    if not right(case):
-        grad = "" if case.scenario.grad else " (seen with gradients off; with gradients it is right)"
-        case.fail("something is kept from one call to the next, or in a shared tensor: alone, each of these calls is right. What forward returns must"
-             f" depend on its arguments alone; never write into a tensor that has been handed out{grad}", sure=True)  # fmt: skip
-
-
 def gradients(case: Case) -> None:
     "The gradients of the loss with respect to all weights are the baseline's, with the cache as given."
     returned(case)
@@ -298,11 +276,10 @@ def gradients(case: Case) -> None:
         text, line = explained(got["error"])
         case.fail(text, said(got["error"]), line)
     base, P = case.base, first_new(case)
-    x = base.embed(case.text[:, P:], P) if P else base.embed(case.text)
-    for block, layer in zip(base.transformer.h, inputs.model_cache(base, case.text[:, :P])):
-        x = reference(block, x, layer)[0]
     targets = inputs.targets(case.call, case.text, case.judge.seed, case.scenario.sizes.vocab_size)
-    want = torch.autograd.grad(base.predict(x, targets[:, P:])[1], list(base.parameters()))
+    caches = inputs.model_cache(base, case.text[:, :P])
+    loss = from_caches(base, case.text[:, P:], caches, torch.arange(P, case.text.size(1)), targets[:, P:])[1]
+    want = torch.autograd.grad(loss, list(base.parameters()))
     for (name, p), a, b in zip(base.named_parameters(), got, want):
         if not close(torch.zeros_like(p) if a is None else a, b):
             case.fail(f"{with_cache}a gradient is not the baseline's: a part of forward is detached, or runs under torch.no_grad, so it could not be trained",
@@ -339,22 +316,9 @@ def any_dtype(case: Case) -> None:
 
 def work(case: Case) -> None:
     "A step costs what it must. If not, that is noted."
-    from torch.utils.flop_counter import FlopCounterMode
-
     P, base = case.call.P, case.base
-
-    def must() -> int:
-        caches = inputs.model_cache(base, case.text[:, :P])
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            x = base.embed(case.text[:, P:], P)
-            for block, layer in zip(base.transformer.h, caches):
-                x = reference(block, x, layer)[0]
-            base.predict(x)
-        return counter.get_total_flops() // 2
-
-    needed, done = case.once("work", must), case.seen.get("work", 0)
-    if done > 1.5 * needed:
-        case.note(f"{case.example}: your code does {done:,} multiply-adds, {done / needed:.1f} times the {needed:,} that it must.")
+    caches = inputs.given_cache(base, case.scenario, case.number, case.judge.seed)
+    works_no_more(case, lambda: from_caches(base, case.text[:, P:], caches, torch.arange(P, case.text.size(1))))
 
 
 def baseline_kept(case: Case) -> None:
@@ -373,13 +337,13 @@ PROMISES = (
     Promise("each new token goes through each layer once", ("small", "once"), (tokens_once,), "tokens counted at every block"),
     Promise("each layer's cache: [k, v] of all tokens, oldest first", ("caches",), (caches,), "3 layers"),
     Promise("compute_first: a stale cache is not looked at", ("stale",), (*EVAL, logits, loss, caches), "shorter than idx, as long, longer, of another batch and depth"),
-    Promise("two branches of one cache, in one model, and other texts between", ("branches", "branches, no_grad"), (no_state, still_as_returned),
+    Promise("two branches of one cache, in one model, and other texts between", ("branches", "branches, no_grad"), (no_state(right), still_as_returned),
             "with gradients and without"),
     Promise("random cuts, each step with the cache of the step before", ("cuts",), (*EVAL, logits, caches), "9 cuts, 1 to 3 sequences, logits and caches"),
     Promise("the loss with a cache: over the new tokens, without the targets that are −1", ("loss",), (logits, loss), "targets with −1 and without, only −1, none"),
     Promise("what was passed in stays as it was", ("passed", "passed, no_grad"), (*EVAL, logits), "idx, targets, the list, its entries and their tensors"),
     Promise("other sizes: a longer block, other depths and heads", ("long", "other"), (logits, caches), "up to 320 tokens, 2 and 4 layers"),
-    Promise("weights may change between two calls", ("other weights",), (follows_weights,), "other weights, same text"),
+    Promise("weights may change between two calls", ("other weights",), (follows_weights(right, "model"),), "other weights, same text"),
     Promise("gradients of all weights flow, as in the baseline", ("gradients",), (gradients,), "those of every parameter, with a cache and without"),
     Promise("float32 and bfloat16", ("float32", "bfloat16"), (any_dtype,), "dtype and numbers"),
     Promise("train mode, without dropout", ("train",), (returned, *ALWAYS, nothing_dropped, logits, caches, tokens_once), "the same logits and caches"),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN', 'EXPLAIN', 'Promise', 'Judge', 'Case', 'close', 'numbers', 'rough', 'surroundings', 'listed', 'pattern',
            'explained', 'stopped', 'said', 'not_written', 'unchanged', 'mode_kept', 'draws_nothing',
-           'still_as_returned', 'keeps_nothing', 'refused', 'on_any_device']
+           'still_as_returned', 'keeps_nothing', 'refused', 'works_no_more', 'follows_weights', 'no_state',
+           'begins_with', 'on_any_device']
 
 # %% ../../nbs/tools/checks/judging.ipynb #cell-2
 import math
@@ -20,7 +21,7 @@ from . import inputs
 from .observe import BASES
 from .report import CheckFailed, Report
 from .scenarios import NO_DROPOUT, OTHER_SIZES, SCENARIOS
-from .watching import isolated, same
+from .watching import isolated, multiply_adds, same
 
 # %% ../../nbs/tools/checks/judging.ipynb #cell-3
 @dataclass(frozen=True)
@@ -321,6 +322,48 @@ def refused(what: str, demand: str = "should be a ValueError"):
             case.note(f"{what} {demand}; yours is {'an' if error['type'][0] in 'AEIOU' else 'a'} {error['type']}.")
 
     return question
+
+
+def works_no_more(case: Case, must) -> None:
+    "A step costs what `must()` costs. If it costs half as much again, that is noted."
+
+    def count() -> int:
+        with torch.no_grad():
+            return multiply_adds(must)
+
+    needed, done = case.once("work", count), case.seen.get("work", 0)
+    if done > 1.5 * needed:
+        case.note(f"{case.example}: your code does {done:,} multiply-adds, {done / needed:.1f} times the {needed:,} that it must.")
+
+
+def follows_weights(right, what: str):
+    "The question whether results are those of the new weights after they have changed. right: a function of a Case."
+
+    def question(case: Case) -> None:
+        if case.number and not right(case):
+            case.fail(f"the results are those of weights that the {what} no longer has: something computed from them is kept",
+                      "the weights changed between two calls", sure=True)  # fmt: skip
+
+    return question
+
+
+def no_state(right):
+    "The question whether a used module gives what a fresh one does. It is asked when single calls are right: `right(case)`."
+
+    def question(case: Case) -> None:
+        if not right(case):
+            grad = "" if case.scenario.grad else " (seen with gradients off; with gradients it is right)"
+            case.fail("something is kept from one call to the next, or in a shared tensor: alone, each of these calls is right. What"
+                      " forward returns must depend on its arguments alone; never write into a tensor that has been handed"
+                      f" out{grad}", sure=True)  # fmt: skip
+
+    return question
+
+
+def begins_with(case: Case, want: Tensor) -> bool:
+    "Whether the first thing that came back is this tensor."
+    out = case.seen["out"]
+    return isinstance(out, (tuple, list)) and len(out) > 0 and close(out[0], want)
 
 
 def on_any_device(case: Case) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'EXPLAIN_ROWS', 'MEASURED', 'mask', 'reference', 'qkv', 'wanted', 'y_name', 'returned', 'contents', 'rows',
-           'right', 'follows_weights', 'no_state', 'gradients']
+           'right', 'gradients']
 
 # %% ../../nbs/tools/checks/layer.ipynb #cell-2
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import inputs
-from .judging import Case, close, explained, not_written, numbers, pattern, rough, said, stopped, surroundings
+from .judging import Case, begins_with, close, explained, not_written, numbers, pattern, rough, said, stopped, surroundings
 from .report import CheckFailed
 from .scenarios import OTHER_SIZES
 from ..mingpt import Block
@@ -77,7 +77,7 @@ def _returned(case: Case):
     not_written(case.seen["error"])
     if case.seen["error"]:
         P = case.call.P
-        found = pattern(case.judge, ("cache",), _rows_right) if P and case.scenario.fresh else None
+        found = pattern(case.judge, ("cache",), lambda c: begins_with(c, wanted(c))) if P and case.scenario.fresh else None
         text, line = explained(case.seen["error"], SHAPES if P else ())
         if found and "P = 2" in found[0]:
             text, line = f"{found[0]} (it stopped in {stopped(case.seen['error'])})", found[1]
@@ -89,11 +89,6 @@ def _returned(case: Case):
             case.fail("a dtype is fixed in your code: what comes back must have the dtype of x",
                       f"x is {case.scenario.dtype}, {name} is {t.dtype}", sure=True)  # fmt: skip
     return y, cache
-
-
-def _rows_right(case: Case) -> bool:
-    out = case.seen["out"]
-    return isinstance(out, (tuple, list)) and len(out) > 0 and close(out[0], wanted(case))
 
 
 def _pair(case: Case):
@@ -274,23 +269,6 @@ def _unnamed(case, rich, y):
     return (found[0], None) if found else ("without a cache the numbers are right, with one they are not: look at what you do with kv_cache", None)
 
 # %% ../../nbs/tools/checks/layer.ipynb #cell-12
-def follows_weights(case: Case) -> None:
-    "After the weights have changed, as in training, the results are those of the new ones."
-    if not right(case) and case.number:
-        case.fail("the results are those of weights that the module no longer has: something computed from them is kept", "the weights changed"
-                  " between two calls", sure=True)  # fmt: skip
-
-
-def no_state(case: Case) -> None:
-    "In one module, call after call: the same numbers as in a fresh one. Only asked when single calls are right."
-    if right(case):
-        return
-    grad = "" if case.scenario.grad else " (seen with gradients off; with gradients it is right)"
-    case.fail(
-        "something is kept from one call to the next, or in a shared tensor: alone, each of these calls is right. What forward returns"
-        f" must depend on its arguments alone; never write into a tensor that has been handed out{grad}", sure=True)  # fmt: skip
-
-# %% ../../nbs/tools/checks/layer.ipynb #cell-14
 def gradients(case: Case) -> None:
     "The gradients of the new tokens and of all weights are the baseline's."
     y, _ = returned(case)

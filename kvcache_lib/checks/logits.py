@@ -13,9 +13,8 @@ from .judging import Case, close
 from .layer import reference
 
 # %% ../../nbs/tools/checks/logits.ipynb #cell-3
-@torch.no_grad()
-def from_caches(base, new, layers, positions, chain=False):
-    """The baseline's layers over the tokens `new` at the given positions, and one cache [k, v] or None for each layer.
+def from_caches(base, new, layers, positions, targets=None, chain=False):
+    """`(logits, loss)` of the baseline's layers over the tokens `new` at the given positions, and a cache [k, v] or None for each.
 
     chain: give each layer the cache that the layer before has made.
     """
@@ -25,7 +24,7 @@ def from_caches(base, new, layers, positions, chain=False):
         x, made = reference(block, x, layers[n])
         if chain and n + 1 < len(layers):
             layers[n + 1] = made
-    return base.predict(x)[0]
+    return base.predict(x, targets)
 
 
 @torch.no_grad()
@@ -34,10 +33,10 @@ def explain_logits(case: Case, logits, P: int, cached: bool):
     base, idx = case.base, case.text
     if cached:
         for text, line, tokens, layers, positions in _with_caches(base, idx, P, case.scenario.sizes.n_layer):
-            if close(logits, from_caches(base, tokens, layers, positions)):
+            if close(logits, from_caches(base, tokens, layers, positions)[0]):
                 yield text, line
     if cached or not P:
-        if close(logits, from_caches(base, idx[:, P:], inputs.model_cache(base, idx[:, :P]), torch.arange(P, idx.size(1)), chain=True)):
+        if close(logits, from_caches(base, idx[:, P:], inputs.model_cache(base, idx[:, :P]), torch.arange(P, idx.size(1)), chain=True)[0]):
             yield "layer after layer went into one cache: each layer has its own; give block n the entry n", "`block(x, layer)`"
     x, without = base.embed(idx), base.transformer.wte(idx)
     for block in base.transformer.h:

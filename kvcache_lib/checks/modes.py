@@ -11,7 +11,7 @@ import math
 import torch
 
 from . import inputs
-from .judging import Case, explained, numbers, said
+from .judging import Case, explained, numbers, said, works_no_more
 from .layer import reference, returned, wanted, y_name
 from .scenarios import RATE
 from ..mingpt import Block
@@ -74,17 +74,11 @@ def any_dtype(case: Case) -> None:
 
 
 def work(case: Case) -> None:
-    "A step costs what it must. If not, that is noted."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cache = inputs.layer_cache(case.base, case.text[:, : case.call.P]) if case.call.P else None
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        reference(case.base, case.text[:, case.call.P :], cache)
+    "A step costs what it must, and the cache that comes back no more memory than it needs. If not, that is noted."
     if case.call.P and case.seen.get("memory", 1) > 4:
         case.note(f"{case.example}: the cache that comes back keeps {case.seen['memory']:.1f} times the memory that it needs.")
-    needed, done = counter.get_total_flops() // 2, case.seen.get("work", 0)
-    if done > 1.5 * needed:
-        case.note(f"{case.example}: your code does {done:,} multiply-adds, {done / needed:.1f} times the {needed:,} that it must.")
+    cache = inputs.given_cache(case.base, case.scenario, case.number, case.judge.seed) if case.call.P else None
+    works_no_more(case, lambda: reference(case.base, case.text[:, case.call.P :], cache))
 
 
 def tokens_once(case: Case) -> None:

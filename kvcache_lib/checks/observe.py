@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import inputs
 from .scenarios import SCENARIOS, SMALL, ForwardCall, GenerateCall, LayerCall, Scenario
-from .watching import Fresh, Passed, counting, described, isolated, kept, plain, same, seed, tensors
+from .watching import Fresh, Passed, counting, described, isolated, kept, multiply_adds, plain, same, seed, tensors
 from ..mingpt import GPT, Block, CausalSelfAttention
 
 UNUSUAL = 271828  # added to seeds: whoever sets one of the usual seeds must be seen
@@ -146,13 +146,11 @@ def _watched(scenario: Scenario, seen: dict, **given):
             seen["changed"] = passed.changes()
 
 
-def _multiply_adds(scenario: Scenario, call) -> int:
-    "What a call costs. Counting can disturb a right solution, so it is done in a call of its own, whose result is not used."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with contextlib.suppress(Exception), torch.set_grad_enabled(scenario.grad), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() // 2
+def _count_work(scenario: Scenario, seen: dict, call) -> None:
+    "Counting can disturb a right solution, so it is done in a call of its own, whose result is not used."
+    if scenario.work:
+        with torch.set_grad_enabled(scenario.grad):
+            seen["work"] = multiply_adds(call)
 
 
 def _layer_call(self, scenario, module, number, x, cache, seen):
@@ -180,8 +178,7 @@ def _layer_call(self, scenario, module, number, x, cache, seen):
             (seen["tokens"],) = stack.enter_context(counting([module.attn]))
         run = lambda: module(new) if not call.P else module(new, kv_cache=cache) if call.named else module(new, cache)
         out = run()
-    if scenario.work:
-        seen["work"] = _multiply_adds(scenario, run)
+    _count_work(scenario, seen, run)
     seen["memory"] = max([t.untyped_storage().nbytes() / max(t.nbytes, 1) for name, t in tensors(out) if name != "out[0]"], default=1.0)
     if scenario.backward:
         _gradients(self, seen, module, leaves, out)
@@ -226,8 +223,7 @@ def _forward_call(self, scenario, model, number, idx, cache, seen):
         seen["tokens"] = counts
         run = lambda: model(idx, **arguments) if y is None else model(idx, y, **arguments)
         out = run()
-    if scenario.work:
-        seen["work"] = _multiply_adds(scenario, run)
+    _count_work(scenario, seen, run)
     if scenario.weights == "clear":
         seen["first"] = first[0] if first else None
     if isinstance(out, tuple) and len(out) > 1 and isinstance(out[1], Tensor):
