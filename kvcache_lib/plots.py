@@ -85,11 +85,11 @@ def figure(ncols=1, width=3.6, height=3.0, *, alt: str, nrows=1, **kwargs):
     """
     if not alt.strip():
         raise ValueError("expected alt to say what is to be seen, got nothing")
-    _show_as_html()
     with plt.rc_context(_STYLE):
         fig, axs = plt.subplots(
             nrows, ncols, figsize=(ncols * width, nrows * height), dpi=90, layout="constrained", squeeze=False, **kwargs
         )
+    _show_as_html()  # now: the first figure sets up the notebook's own ways of showing one
     fig.alt = " ".join(alt.split())
     return fig, list(axs.flat)
 
