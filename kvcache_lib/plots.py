@@ -35,12 +35,6 @@ MARKERS = ("o", "s", "^", "")
 DASHES = ("-", "--", "-.", ":")
 
 # %% ../nbs/tools/plots.ipynb #cell-5
-_STYLE = {
-    name: INK
-    for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color")
-} | {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"}
-
-
 def png(fig, colours: int = 128) -> bytes:
     "A figure as a PNG of so many colours, about a third of the usual size. The same figure gives the same bytes."
     file, small = io.BytesIO(), io.BytesIO()
@@ -85,10 +79,13 @@ def figure(ncols=1, width=3.6, height=3.0, *, alt: str, nrows=1, **kwargs):
     """
     if not alt.strip():
         raise ValueError("expected alt to say what is to be seen, got nothing")
-    with plt.rc_context(_STYLE):
-        fig, axs = plt.subplots(
-            nrows, ncols, figsize=(ncols * width, nrows * height), dpi=90, layout="constrained", squeeze=False, **kwargs
-        )
+    fig, axs = plt.subplots(
+        nrows, ncols, figsize=(ncols * width, nrows * height), dpi=90, facecolor="none", layout="constrained", squeeze=False,
+        subplot_kw={"facecolor": "none"}, **kwargs
+    )  # fmt: skip
+    for ax in axs.flat:
+        ax.tick_params(which="both", color=INK, labelcolor=INK)
+        ax.spines[:].set_color(INK)
     _show_as_html()  # now: the first figure sets up the notebook's own ways of showing one
     fig.alt = " ".join(alt.split())
     return fig, list(axs.flat)
