@@ -160,7 +160,7 @@ def draw_step(ax, trace: Trace, step: int, view: View) -> None:
         ax.imshow(shades[None], extent=(x, x + 4.2, y + 0.42, y - 0.42), cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
         if len(values) <= 4:
             for c, z in enumerate(values):
-                word(x + 4.2 * (c + 0.5) / len(values), y, f"{round(float(z), 2) + 0.0:g}".replace("-", "−"), 7)
+                word(x + 4.2 * (c + 0.5) / len(values), y, f"{round(float(z), 1 if len(values) > 2 else 2) + 0.0:g}".replace("-", "−"), 7)
 
     for x, title, axis in ((6.7, "K", "key →"), (13.7, "V", "val →")):
         word(x, -3.0, title, 9, weight="bold"), word(x, -2.2, axis, 7, GREY)
