@@ -19,7 +19,7 @@ from lab import browser_page, free_port, jupyter_lab, needs_chromium, open_noteb
 
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPTConfig
-from kvcache_lib.stepper import TraceStepper, trace, traces
+from kvcache_lib.stepper import TraceStepper, trace, trace_rows, traces
 from kvcache_lib.stepper.pictures import View, headline, reason, row_states, visible
 
 SHOTS = os.environ.get("KVCACHE_SHOTS")  # a folder; the tests leave screenshots there for you to look at
@@ -398,6 +398,25 @@ def test_long_wide_and_a_batch(lab, tmp_path):
         assert (data["layer"], data["head"], data["text"]) == ("6", "11", "1")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 700
         shoot(page, "wide")
+        assert page.errors == []
+
+
+@needs_chromium
+def test_rows_by_hand_count_from_0(lab, tmp_path):
+    "Without a text the tokens are x0, x1, …; places, heads and the words count from 0, as the positions in code do."
+    one = trace_rows(torch.eye(3), torch.eye(3), torch.eye(3), [2, 1])
+    stepper = TraceStepper(one, step=2)
+    (tmp_path / "rows.html").write_text(f"<!doctype html><meta charset='utf-8'>{stepper._repr_mimebundle_()['text/html']}")
+    stepper.close()
+    with another_page(lab) as page:
+        page.goto((tmp_path / "rows.html").as_uri())
+        page.locator(f"{HOST} .kvs").wait_for(timeout=30_000)
+        got, texts = page.evaluate(SHOWN), lambda selector: page.locator(f"{HOST} {selector}").all_text_contents()
+        assert [row[1] for row in got["rows"]] == ["x0", "x1", "x2"]
+        assert texts(".row .place") == ["0", "1", "2"] and texts(".strip small") == ["0", "1", "2"]
+        assert got["head"] == headline(one, 2, View()) == "Step 2 of 2: token 2 is encoded. The rows of tokens 0–1 are read from the cache."
+        assert "Token 2, “x2”, asks. Token 2, “x2”, answers:" in got["say"]
+        assert (got["data"]["layer"], got["data"]["head"], got["data"]["text"]) == ("0", "0", "0")
         assert page.errors == []
 
 
