@@ -113,7 +113,7 @@ def reason(trace: Trace, step: int, view: View) -> str:
     if trace.slide(step) <= 0:
         return f"The cache held {spanned(0, lost - 1)}, but the model did not use it: everything is encoded again."
     return (
-        f"The text has {here.start + here.S} tokens, the block {here.S} places. So the window slides: each token stands one place "
+        f"The text has {here.start + here.S} tokens, the block size is {here.S}. So the window slides: each token stands one place "
         "earlier, its embedding changes, and every cached row is void. The cache is struck out and built again."
     )
 
