@@ -117,8 +117,7 @@ class Puzzle:
         return f"Cache {self.letter}\n\n{self.code()}\n\n{self.written()}"
 
     def _repr_html_(self) -> str:
-        pre = '<pre style="overflow-x:auto">{}</pre>'
-        shown = pre.format(html.escape(self.code())) + pre.format(html.escape(self.written()))
+        shown = f'<pre style="overflow-x:auto">{html.escape(self.code())}\n\n{html.escape(self.written())}</pre>'
         return f"<div><b>Cache {self.letter}</b>{shown}<details><summary>What is wrong with {self.letter}?</summary>{self.answer()}</details></div>"
 
 
