@@ -13,9 +13,9 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.name != "_modidx.py" and path != PACKAGE / "__init__.py"
 }
-TOOLS = ("plots", "checks", "mistakes", "stepper", "classroom")
+TOOLS = ("plots", "tables", "checks", "mistakes", "stepper", "classroom")
 MAY_IMPORT = {  # a tool: the tools that it may import; every room may import what people read, and files
-    "plots": (), "checks": (), "mistakes": ("checks",), "stepper": ("plots",), "classroom": ("checks",), "measure": ("plots",),
+    "plots": (), "tables": (), "checks": (), "mistakes": ("checks",), "stepper": ("plots",), "classroom": ("checks",), "measure": ("plots", "tables"),
 }  # fmt: skip
 
 
