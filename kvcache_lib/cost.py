@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .measure.timing import check_device, environment, interleaved, quartiles
+from .measure.reading import read_rates
+from .measure.timing import check_device, environment, interleaved
 from .mingpt import best_device, check_whole, resolved
 from .named import layer_cost
 
@@ -136,15 +137,20 @@ def step_cost(
 # %% ../nbs/tools/cost.ipynb #cell-11
 @dataclass(frozen=True)
 class Machine:
-    "What a machine did, in the median of some runs. Raises ValueError for rates that are not above 0."
+    """The most that a machine was seen to do, or that its data sheet says.
+
+    Raises ValueError for rates that are not above 0.
+    """
 
     name: str
-    bandwidth: float  # bytes read in a second
+    bandwidth: float  # bytes read in a second, from memory
     rate: float  # multiply-adds in a second
     overhead: float = 0.0  # seconds that an operation takes at least
+    reads: tuple[tuple[int, float], ...] = ()  # (bytes, bytes a second) for ever more bytes, see measure.reading
 
     def __post_init__(self):
-        if not (self.bandwidth > 0 and self.rate > 0 and self.overhead >= 0):
+        rates = [self.bandwidth, self.rate, *(number for read in self.reads for number in read)]
+        if not (all(number > 0 for number in rates) and self.overhead >= 0):
             raise ValueError(f"expected bandwidth > 0, rate > 0 and overhead ≥ 0, got {self}")
 
     @property
@@ -152,12 +158,17 @@ class Machine:
         "The multiply-adds for each byte at which memory and arithmetic take the same time."
         return self.rate / self.bandwidth
 
+    def fastest_read(self, size: float) -> float:
+        "The most bytes a second that were seen where so many bytes or more were read, again and again."
+        sizes = [read for read, _ in self.reads if read <= size] or [read for read, _ in self.reads[:1]]
+        return max([self.bandwidth, *(rate for read, rate in self.reads if read >= sizes[-1])])
+
 # %% ../nbs/tools/cost.ipynb #cell-12
 def measure_machine(device: str = "auto", dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> Machine:
-    """Measure a device's bandwidth, arithmetic rate and overhead, with the threads that torch now uses.
+    """Measure how fast a device reads, multiplies and begins, with the threads that torch now uses: the best of some runs.
 
     device: cpu, cuda, mps, or auto.  dtype: of the matrix product, a floating-point type.
-    Takes about 0.3 GB of the CPU's memory, 1.2 GB of another device's.
+    seconds: for the reading, and again for the rest. Takes 1 to 2 GiB of the device's memory, and some three seconds longer.
     Raises ValueError for a device that is not there, another dtype, and seconds ≤ 0.
     """
     device = best_device() if device == "auto" else device
@@ -166,29 +177,33 @@ def measure_machine(device: str = "auto", dtype: torch.dtype = torch.float32, se
         raise ValueError(f"expected seconds > 0, got {seconds}")
     if not getattr(dtype, "is_floating_point", False):
         raise ValueError(f"expected a floating-point dtype, got {dtype}")
-    size, width = (2**28, 1024) if device == "cpu" else (2**30, 4096)  # bytes; rows and columns
-    memory = torch.ones(size // 4, device=device)
-    a, b = torch.rand(2, width, width, device=device).to(dtype)
+    reads = tuple(read_rates(device, seconds))
+    widths = (1024, 2048) if device == "cpu" else (4096, 8192)
+    small, large = (torch.rand(2, width, width, device=device).to(dtype) for width in widths)
     x = torch.zeros(1, device=device)
-    times = interleaved(lambda: memory.sum(), lambda: a @ b, lambda: x + 1, seconds=seconds)
-    read, multiplied, nothing = (quartiles(t)["median"] / 1e3 for t in times)
-    return Machine(environment(device)["hardware"], size / read, width**3 / multiplied, nothing)
+    steps = (lambda: small[0] @ small[1], lambda: large[0] @ large[1], lambda: x + 1)
+    *products, nothing = (min(times) / 1e3 for times in interleaved(*steps, seconds=seconds, min_rounds=2))
+    rate = max(width**3 / t for width, t in zip(widths, products))
+    return Machine(environment(device)["hardware"], reads[-1][1], rate, nothing, reads)
 
-# %% ../nbs/tools/cost.ipynb #cell-14
+# %% ../nbs/tools/cost.ipynb #cell-15
 def floors(cost: StepCost, machine: Machine, operations: int = 0) -> dict[str, float]:
-    "The seconds that a step takes at least: for its memory, its arithmetic, and its number of operations."
+    """The seconds that a step takes at least: for its memory, its arithmetic, and its number of operations.
+
+    Bytes that a step goes over twice are counted twice. If they lie in a processor's cache the second time, it may be faster.
+    """
     return {
-        "memory": cost.bytes / machine.bandwidth,
+        "memory": cost.bytes / machine.fastest_read(cost.bytes),
         "arithmetic": cost.macs / machine.rate,
         "operations": operations * machine.overhead,
     }
 
 
 def predicted_seconds(cost: StepCost, machine: Machine, operations: int = 0) -> float:
-    "The highest of the floors: a step of this cost that reads from memory cannot be faster on this machine."
+    "The highest of the floors: a step of this cost is not faster, unless it outdoes what the machine was seen to do."
     return max(floors(cost, machine, operations).values())
 
-# %% ../nbs/tools/cost.ipynb #cell-15
+# %% ../nbs/tools/cost.ipynb #cell-16
 def balanced_batch(
     config: Any, seq: int, machine: Machine, itemsize: int = 4, **passes: Any
 ) -> int | None:
@@ -203,7 +218,7 @@ def balanced_batch(
     gained = one.macs / machine.rate - each / machine.bandwidth  # seconds, for each text
     return max(1, -int(-shared // gained)) if gained > 0 else None  # rounded up
 
-# %% ../nbs/tools/cost.ipynb #cell-18
+# %% ../nbs/tools/cost.ipynb #cell-19
 class _OperationCounter(TorchDispatchMode):
     "Counts the operations that compute. A view's result aliases its argument and isn't written to."
 
