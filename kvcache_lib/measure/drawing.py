@@ -51,7 +51,7 @@ def draw_ladder(result: dict):
         ax.grid(alpha=0.3)
     axs[0].set_ylabel("one decode step (ms)")
     named = {label: handle for ax in axs for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
+    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
     return fig
 
 
