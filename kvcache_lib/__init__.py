@@ -2,7 +2,7 @@
 
 `GPT` is the baseline, to minGPT's interface. `GPT_kv` is the same model with a KV cache, and `GPT_fast` the same with
 fused operations and a cache that is written in place, a `KVBuffer`. They load each other's weights, and generate the
-same text.
+same text. `stream` shows it as it is written.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ _HOMES = {
     "KVCache": "gpt",
     "KVBuffer": "buffer",
     "GPT_fast": "fast",
+    "stream": "text",
 }
-__all__ = ["GPT", "GPTConfig", "GPT_fast", "GPT_kv", "KVBuffer", "KVCache", "Trainer", "TrainerConfig"]
+__all__ = ["GPT", "GPTConfig", "GPT_fast", "GPT_kv", "KVBuffer", "KVCache", "Trainer", "TrainerConfig", "stream"]
 
 if TYPE_CHECKING:
     from .buffer import KVBuffer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .fast import GPT_fast
     from .gpt import GPT_kv, KVCache
     from .mingpt import GPT
+    from .text import stream
     from .trainer import Trainer, TrainerConfig
 
 

@@ -150,7 +150,7 @@ def train_text_model(
     model.eval()
     return losses
 
-# %% ../nbs/10_text.ipynb #cell-43
+# %% ../nbs/10_text.ipynb #cell-44
 UNFINISHED = "\ufffd"  # what `decode` puts where bytes make no character, or not yet
 
 
@@ -162,19 +162,19 @@ def whole_characters(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterab
     """
     ids = list(before)
     start, stop = 0, len(ids)  # ids[start:stop] are decoded again, for what follows may depend on them
-    shown = text = tokenizer.decode(ids, skip_special_tokens=False)
+    shown = tokenizer.decode(ids, skip_special_tokens=False)
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids[start:], skip_special_tokens=False)
-        if len(text) > len(shown) and not text.endswith(UNFINISHED):
-            yield text[len(shown) :]
-            start, stop = stop, len(ids)
-            shown = text = tokenizer.decode(ids[start:], skip_special_tokens=False)
-    rest = text[len(shown) :].rstrip(UNFINISHED)
-    if rest:
-        yield rest
+        whole = text.rstrip(UNFINISHED)
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+            shown = whole
+            if whole == text:  # nothing waits
+                start, stop = stop, len(ids)
+                shown = tokenizer.decode(ids[start:], skip_special_tokens=False)
 
-# %% ../nbs/10_text.ipynb #cell-49
+# %% ../nbs/10_text.ipynb #cell-52
 def stream(
     model: Any,
     prompt: str,
