@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_named_tensors.ipynb #cell-11
+# %% ../nbs/00_named_tensors.ipynb #cell-13
 class NamedTensor:
     """A tensor whose axes go by name; their order carries no meaning.
 
@@ -108,7 +108,7 @@ def scale(X: NamedTensor, factor: float) -> NamedTensor:
     "factor · X"
     return NamedTensor(X.data * factor, *X.names)
 
-# %% ../nbs/00_named_tensors.ipynb #cell-25
+# %% ../nbs/00_named_tensors.ipynb #cell-24
 def attention(
     Q: NamedTensor, K: NamedTensor, V: NamedTensor, M: NamedTensor | None = None
 ) -> NamedTensor:
@@ -122,9 +122,9 @@ def attention(
         scores = add(scores, M)
     return dot(softmax(scores, "seq"), V, "seq")
 
-# %% ../nbs/00_named_tensors.ipynb #cell-33
+# %% ../nbs/00_named_tensors.ipynb #cell-30
 def take(X: NamedTensor, axis: str, start: int, stop: int) -> NamedTensor:
-    "X(start : stop) along `axis`: the positions start+1, …, stop."
+    "X(start : stop) along `axis`: the positions start, …, stop − 1."
     return NamedTensor(X.data.narrow(X.dim(axis), start, stop - start), *X.names)
 
 
@@ -132,7 +132,7 @@ def cat(A: NamedTensor, B: NamedTensor, axis: str) -> NamedTensor:
     "A, then B, along `axis`. They must agree in every other axis."
     return NamedTensor(torch.cat([A.data, B.tensor(*A.names)], dim=A.dim(axis)), *A.names)
 
-# %% ../nbs/00_named_tensors.ipynb #cell-40
+# %% ../nbs/00_named_tensors.ipynb #cell-35
 def causal_mask(seq: int, seq_prime: int, **like: Any) -> NamedTensor:
     """M over {seq, seq′}: 0 where i ≤ P + j, else −∞, with P = seq − seq_prime cached tokens.
 
@@ -142,11 +142,11 @@ def causal_mask(seq: int, seq_prime: int, **like: Any) -> NamedTensor:
         raise ValueError(f"expected 1 ≤ seq′ ≤ seq, got seq′={seq_prime} and seq={seq}")
     P = seq - seq_prime
     M = torch.zeros(seq, seq_prime, **like)
-    i, j = (torch.arange(1, size + 1, device=M.device) for size in (seq, seq_prime))
+    i, j = (torch.arange(size, device=M.device) for size in (seq, seq_prime))
     M = M.masked_fill(i[:, None] > P + j, -math.inf)
     return NamedTensor(M, "seq", "seq′")
 
-# %% ../nbs/00_named_tensors.ipynb #cell-45
+# %% ../nbs/00_named_tensors.ipynb #cell-39
 def self_attention(
     X: NamedTensor, W_Q: NamedTensor, W_K: NamedTensor, W_V: NamedTensor, W_O: NamedTensor, cache: Any = None
 ) -> tuple[NamedTensor, tuple]:
@@ -164,7 +164,7 @@ def self_attention(
     Y = dot(attention(Q, K, V, M), W_O, "heads", "val")
     return rename(Y, "seq′", "seq"), (K, V)  # the rows are the next layer's tokens
 
-# %% ../nbs/00_named_tensors.ipynb #cell-59
+# %% ../nbs/00_named_tensors.ipynb #cell-49
 @dataclass(frozen=True)
 class LayerCost:
     "What one layer costs for one step: multiply-adds, and bytes read and written."

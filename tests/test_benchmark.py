@@ -55,6 +55,17 @@ def test_both_sides_predict_the_same():
         torch.testing.assert_close(kv(), no_kv(), rtol=1e-9, atol=1e-9)
 
 
+def test_the_fused_side_predicts_the_same_without_a_cache():
+    plain, fused = (model.double() for model in subjects.same_weights("gpt-nano", "cpu", GPT, subjects.GPT_fused))
+    for T in (2, 7, 64):
+        want, got = (benchmark.whole_step(model, T)() for model in (plain, fused))
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    encoded = []
+    fused.transformer.h[0].register_forward_hook(lambda module, args, out: encoded.append(args[0].size(1)))
+    benchmark.whole_step(fused, 20)()
+    assert encoded == [20]
+
+
 def test_the_cached_side_encodes_one_token_and_the_other_all():
     plain, cached = benchmark.model_pair("gpt-nano")
     no_kv, kv = benchmark.step_pair(plain, cached, T=20)
@@ -103,7 +114,7 @@ def test_the_committed_results_belong_together():
         assert all(
             r[side]["q1"] <= r[side]["median"] <= r[side]["q3"]
             for r in model["rows"]
-            for side in ("no_kv", "kv")
+            for side in ("no_kv", "fused", "kv")
         )
 
 

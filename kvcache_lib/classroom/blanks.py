@@ -98,7 +98,6 @@ REPLACED = {
          'if not Path("benchmark_results.json").exists():\n    main(["--models", "gpt-mini", "--seconds", "1"])\n\n'
          'results = json.loads(Path("benchmark_results.json")'),
         ('Path("../benchmark_results.txt")', 'Path("benchmark_results.txt")'),
-        ("figure(2, width=3.9", 'figure(len(results["models"]), width=3.9'),
     ),
 }
 

@@ -47,7 +47,9 @@ def svg(figure) -> str:
     "A figure as the text of an .svg file, the same for the same figure."
     import matplotlib
 
+    from kvcache_lib.plots import inked
+
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "kvcache", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        inked(figure).savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
