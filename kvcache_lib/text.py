@@ -24,7 +24,7 @@ from .trainer import Trainer, TrainerConfig
 END = "<|endoftext|>"  # between two sections
 
 
-def train_tokenizer(sections: list[str], vocab_size: int = 512) -> Tokenizer:
+def train_tokenizer(sections: list[str], vocab_size: int = 1024) -> Tokenizer:
     """A byte-level BPE: 256 bytes, END, and the pieces that the sections repeat most, vocab_size in all.
 
     Raises ValueError for a vocab_size below 257. If the sections hold fewer pieces, there are fewer.
