@@ -154,11 +154,13 @@ def train_text_model(
 UNFINISHED = "\ufffd"  # what `decode` puts where bytes make no character, or not yet
 
 
-def whole_characters(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = ()) -> Iterator[str]:
+def whole_characters(
+    tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = ()
+) -> Iterator[str]:
     """The text of tokens, piece by piece, as soon as its characters are whole.
 
     before: the tokens that the new ones follow.
-    Joined, the pieces are what `tokenizer.decode` makes of all tokens, but for a half character at the very end.
+    Joined, the pieces are what `tokenizer.decode` makes of all tokens, without a half character at the end.
     """
     ids = list(before)
     start, stop = 0, len(ids)  # ids[start:stop] are decoded again, for what follows may depend on them
