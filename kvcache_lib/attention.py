@@ -12,9 +12,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .arguments import check_layer_cache
 from .mingpt import CausalSelfAttention
 
-# %% ../nbs/02_attention.ipynb #cell-8
+# %% ../nbs/02_attention.ipynb #cell-13
 LayerCache: TypeAlias = Sequence[Tensor] | None  # [k, v], both (B, P, C), or None
 
 
@@ -27,33 +28,10 @@ def cache_length(kv_cache: LayerCache, B: int, C: int, like: Tensor | None = Non
     """
     if kv_cache is None:
         return 0
-    if not isinstance(kv_cache, (list, tuple)) or not all(isinstance(t, Tensor) for t in kv_cache):
-        raise TypeError(
-            f"expected a layer's cache to be None or a list [k, v] of tensors, got {type(kv_cache).__name__}"
-        )
-    if any(t.is_nested or t.layout != torch.strided for t in kv_cache):
-        raise TypeError("expected a layer's cache [k, v] of dense tensors, got a nested or sparse one")
-    shapes = [tuple(t.shape) for t in kv_cache]
-    fits = (
-        len(shapes) == 2
-        and shapes[0] == shapes[1]
-        and len(shapes[0]) == 3
-        and shapes[0][::2] == (B, C)
-    )
-    if not fits:
-        raise ValueError(
-            f"expected a layer's cache [k, v], both of shape ({B}, P, {C}), got shapes {shapes}"
-        )
-    if like is not None:
-        mixed = torch.is_autocast_enabled(like.device.type)  # it chooses dtypes itself
-        for t in kv_cache:
-            if t.device != like.device or (t.dtype != like.dtype and not mixed):
-                raise ValueError(
-                    f"expected a cache of {like.dtype} on {like.device}, as the model is, got {t.dtype} on {t.device}"
-                )
-    return shapes[0][1]
+    check_layer_cache(kv_cache, B, C, like)
+    return kv_cache[0].size(1)
 
-# %% ../nbs/02_attention.ipynb #cell-13
+# %% ../nbs/02_attention.ipynb #cell-18
 class CausalSelfAttention_kv(CausalSelfAttention):
     "Causal self-attention with a KV cache. Weights and configuration are those of CausalSelfAttention."
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import CausalSelfAttention_kv, LayerCache
 from .mingpt import Block
 
-# %% ../nbs/03_block.ipynb #cell-7
+# %% ../nbs/03_block.ipynb #cell-9
 class Block_kv(Block):
     "One layer of the transformer, with a KV cache for its attention."
 

@@ -103,9 +103,9 @@ class GPT_kv(GPT):
         top_k: int | None = None,
         **more: Any,
     ) -> Any:
-        """What `generate` returns, (B, t) → (B, t + max_new_tokens), with each token encoded once while the text fits the block.
+        """What `generate` returns, (B, t) → (B, t + max_new_tokens), with each token encoded once while the text fits the window.
 
-        Past the block size, each step encodes the last block_size tokens afresh.
+        When it is longer than block_size, each step encodes the last block_size tokens afresh.
         more: eos_token, generator and stream; for these and for errors, see `GPT.continue_text`.
         """
         kv_cache: list = [None] * self.n_layer

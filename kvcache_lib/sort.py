@@ -58,7 +58,7 @@ class SortDataset(Dataset):
         y[: self.length - 1] = -1  # the input itself is not to be predicted
         return x, y
 
-# %% ../nbs/05_sort.ipynb #cell-16
+# %% ../nbs/05_sort.ipynb #cell-17
 def sort_with(generate: Callable[..., Tensor], inputs: Tensor) -> Tensor:
     "The digits that `generate`, a model's method, puts after the inputs: (N, length) → (N, length)."
     length = inputs.size(1)

@@ -12,11 +12,12 @@ from right_texts import RIGHT_TEXTS
 
 from kvcache_lib.attention import CausalSelfAttention_kv
 from kvcache_lib.block import Block_kv
-from kvcache_lib.checks import CheckFailed, check_attention, check_block, check_generate, check_gpt, judge, who_sees_whom
+from kvcache_lib.checks import PROMISES, CheckFailed, check_attention, check_block, check_generate, check_gpt, findings, judge, who_sees_whom
 from kvcache_lib.checks.observe import observe
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPT, Block, CausalSelfAttention
 from kvcache_lib.mistakes import ATTENTION, BLOCK, CHECKS, MISTAKES, MODEL, NOTED, WRITTEN_OUT, diagnosis, remarks, written
+from kvcache_lib.mistakes import showing
 
 RIGHT = [(check_attention, c) for c in (CausalSelfAttention_kv, *ATTENTIONS, written(ATTENTION), written(WRITTEN_OUT))]
 RIGHT += [(check_block, c) for c in (Block_kv, *BLOCKS, written(BLOCK))]
@@ -119,6 +120,57 @@ def test_notes_say_what_could_be_better(check, cls, words):
     report = check(cls)
     assert any(words in note for note in report.notes), report.notes
     assert words in str(report) and words in report._repr_html_()
+
+
+# --- every property, and what the notebook on mistakes shows
+
+
+def mistake(name, exercise=None):
+    return next(m for m in MISTAKES if m.name == name and exercise in (None, m.exercise))
+
+
+@pytest.mark.parametrize("check", CHECKED)
+def test_every_property_holds_for_the_reference(check):
+    found = findings(check, CHECKED[check])
+    assert list(found) == [p.name for p in PROMISES[check][1]] and not any(found.values())
+
+
+@pytest.mark.parametrize("name", ["the keys are read twice", "ln_2 forgotten", "compute_first ignored", "the window is never cut", "the baseline's blocks"])
+def test_the_first_property_that_fails_is_the_diagnosis(name):
+    assert showing.first_said(showing.everything_said(mistake(name))) == diagnosis(mistake(name)).mistake
+
+
+def test_each_property_is_asked_by_itself():
+    said = showing.everything_said(mistake("forward under no_grad", "attention"))
+    assert [name for name, text in said.items() if text] == ["gradients flow, without a cache and with one"]
+    found = showing.rules(said)
+    assert [rule for rule, yes in found.items() if yes] == ["gradients"] and found["compute_first"] is None and found["random cuts, step after step"] is False
+
+
+def test_each_mistake_has_one_kind_and_each_property_one_rule():
+    assert {showing.kind(m) for m in MISTAKES} == {*showing.KINDS, showing.FIRST_SIGHT}
+    names = {m.name for m in MISTAKES}
+    assert [name for kind in showing.KINDS.values() for name in kind if name not in names] == []
+    properties = {p.name for _, promises, _ in PROMISES.values() for p in promises}
+    assert [p for p in properties if sum(p.startswith(starts) for starts in (*showing.RULES.values(), showing.NOTES)) != 1] == []
+
+
+def test_puzzles_do_not_tell_and_their_answers_do():
+    game = showing.puzzles()
+    for letter, puzzle in game.items():
+        shown, folded = puzzle._repr_html_().split("<details>")
+        assert puzzle.mistake.name not in str(puzzle) and puzzle.mistake.name not in shown
+        assert showing._marked(diagnosis(puzzle.mistake).mistake) in folded
+        new = set(puzzle.mistake.source().split("\n")) - set(puzzle.mistake.right.split("\n"))
+        assert new and all(line in str(puzzle) for line in new)
+        assert puzzle.right_text == ("^" not in puzzle.written())
+    assert [letter for letter, puzzle in game.items() if puzzle.right_text] == ["A", "D", "F", "G"]
+
+
+def test_a_text_that_an_exception_cuts_off_is_none_and_the_hasty_test_sees_it():
+    broken = mistake("only y is returned")
+    assert showing.texts(broken)[1] is None and showing.hasty(broken)
+    assert not showing.hasty(mistake("compute_first in every step"))
 
 
 def stub(base, method, text):

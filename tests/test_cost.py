@@ -12,6 +12,7 @@ from kvcache_lib.cost import (
     Machine, Sizes, StepCost, balanced_batch, cache_bytes, count_operations, floors, measure_machine, predicted_seconds, step_cost,
 )  # fmt: skip
 from kvcache_lib.gpt import GPT_kv
+from kvcache_lib.measure import reading
 from kvcache_lib.mingpt import GPT, GPTConfig
 from kvcache_lib.named import layer_cost
 
@@ -168,25 +169,75 @@ def test_balanced_batch_falls_on_both_sides():
     assert balanced_batch(GPT2, 64, machine) > 1 and balanced_batch(GPT2, 1024, machine) is None
 
 
-def test_a_machine_is_measured_in_bytes_and_multiply_adds_a_second(monkeypatch):
-    "Each of the three is timed by itself, in milliseconds."
-    timed = []
+@pytest.mark.parametrize("slow,widths,rate", [(False, [1024, 2048], 2048**3 / 60e-3), (True, [1024], 1024**3 / 8.0)], ids=["quick", "slow"])
+def test_a_machine_is_measured_in_bytes_and_multiply_adds_a_second(monkeypatch, slow, widths, rate):
+    "Each by itself, and the best of its runs counts. A large product is left out where a small one takes so long."
+    timed, times = [], {1024: [9.0, 8.0], 2048: [70.0, 60.0]}
 
-    def fake(*steps, seconds):
-        timed.extend(count_operations(step) for step in steps)
-        return [1.0, 2.0, 4.0], [8.0, 8.0, 8.0], [0.005, 0.005, 0.005]
+    def fake(product, nothing, **_):
+        timed.extend(count_operations(step) for step in (product, nothing))
+        return [1000 * t if slow else t for t in times[len(product())]], [0.006, 0.005]
 
     monkeypatch.setattr(cost, "interleaved", fake)
+    monkeypatch.setattr(cost, "read_rates", lambda device, seconds: [(10, 8.0), (40, 2.0)])
     machine = measure_machine("cpu")
-    assert machine.bandwidth == 2**28 / 2e-3
-    assert machine.rate == pytest.approx(1024**3 / 8e-3)
-    assert machine.overhead == 5e-6 and timed == [1, 1, 1]
+    assert (machine.bandwidth, machine.reads, machine.overhead) == (2.0, ((10, 8.0), (40, 2.0)), 5e-6)
+    assert machine.rate == pytest.approx(rate) and timed == [1, 1] * len(widths)
 
 
-def test_a_real_machine_is_measured():
-    machine = measure_machine("cpu", torch.bfloat16, seconds=0.01)
+def test_a_real_machine_is_measured(monkeypatch):
+    monkeypatch.setattr(reading, "LARGEST", 2**24)  # the test's sake: little memory
+    monkeypatch.setattr(reading, "processor_cache", lambda: None)
+    machine = measure_machine("cpu", torch.float64, seconds=0.01)
     assert all(0 < x < math.inf for x in (machine.bandwidth, machine.rate, machine.overhead, machine.ridge))
+    assert [size for size, _ in machine.reads] == [2**20, 2**22, 2**24] and machine.reads[-1][1] == machine.bandwidth
     assert "x86" in machine.name or "arm" in machine.name or "aarch" in machine.name
+
+
+@pytest.mark.parametrize("size", [1, 4096, 5000, 2**20])
+def test_every_reader_goes_over_all_bytes(size):
+    x = reading.memory_of(size)
+    assert size <= x.nbytes < size + 4096 and bool((x == 1).all())
+    for name, read in reading.READERS.items():
+        before = read(x)
+        for place in (0, x.numel() // 2 + 1, x.numel() - 1):
+            changed = x.clone()
+            changed[place] = 7.0
+            assert not torch.equal(read(changed), before), name
+
+
+def test_the_fastest_reader_is_found_and_one_that_cannot_is_left_out(monkeypatch):
+    def broken(x):
+        raise RuntimeError("no such numbers here")
+
+    monkeypatch.setattr(reading, "READERS", {"broken": broken, "slow": lambda x: 1, "quick": lambda x: 2})
+    monkeypatch.setattr(reading, "interleaved", lambda *steps, **_: [[5.0, 3.0, 9.0], [4.0, 2.0, 8.0]][: len(steps)])
+    assert reading.fastest_reader(torch.ones(1)) == ("quick", 2.0)
+
+
+def test_the_size_of_a_cache_is_read_where_it_is_told(tmp_path):
+    assert reading.processor_cache(str(tmp_path / "none")) is None
+    for n, text in enumerate(("32K", "480M\n", "1024", "", "odd")):
+        (tmp_path / f"index{n}").mkdir()
+        (tmp_path / f"index{n}" / "size").write_text(text)
+    assert reading.processor_cache(str(tmp_path)) == 480 * 2**20
+
+
+def test_more_is_read_than_any_cache_holds_and_never_more_than_2_gib():
+    for cache in (None, 0, 2**20, 2**25, 2**28, 480 * 2**20, 2**29):
+        sizes = reading.read_sizes(cache)
+        assert sizes[0] == 2**20 and 2**30 <= sizes[-1] <= 2**31 and sizes[-1] >= 4 * (cache or 0)
+        assert all(a < b <= 4 * a for a, b in zip(sizes, sizes[1:]))
+    assert reading.read_sizes(2**40)[-1] == 2**31
+
+
+def test_a_floor_is_only_as_high_as_the_reading_of_so_many_bytes_was_slow():
+    machine = Machine("cached", 10.0, 1e9, reads=((10, 50.0), (40, 5.0), (100, 20.0)))
+    rates = {1: 50.0, 10: 50.0, 39: 50.0, 40: 20.0, 99: 20.0, 100: 20.0, 1000: 20.0}
+    assert {size: machine.fastest_read(size) for size in rates} == rates
+    step = StepCost(0, 0, 0, 30, 0, 0, 9, 0)
+    assert floors(step, machine)["memory"] == 39 / 50
+    assert Machine("plain", 10.0, 1.0).fastest_read(5) == 10.0
 
 
 def test_operations_are_counted_and_views_are_not():
@@ -230,6 +281,7 @@ def test_operations_grow_with_the_layers_and_not_with_the_width():
         (lambda: Machine("still", 0, 1), ValueError, "expected bandwidth > 0"),
         (lambda: Machine("lost", 1, float("nan")), ValueError, "rate > 0"),
         (lambda: Machine("early", 1, 1, -1), ValueError, "overhead ≥ 0"),
+        (lambda: Machine("empty", 1, 1, reads=((4, 0.0),)), ValueError, "bandwidth > 0"),
     ],
 )
 def test_errors_say_what_was_expected(call, error, says):

@@ -160,7 +160,8 @@ def test_links_lead_somewhere(blank):
     for path in blank.glob("*.ipynb"):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", "\n".join(sources(read_notebook(path)))):
             assert (blank / target).exists(), (path.name, target)
-    assert for_learner("[02 · One](02_attention.ipynb#Try-it), [99](99_more.ipynb#x)") == "[02 · One](02_attention.ipynb#Try-it), 99"
+    links = "[02 · One](02_attention.ipynb#Try-it), [99](99_more.ipynb#x), [code](tools/config.ipynb)"
+    assert for_learner(links) == "[02 · One](02_attention.ipynb#Try-it), 99 (in the course, not in this folder), code"
 
 
 def test_the_package_does_not_shadow_the_installed_one(blank):

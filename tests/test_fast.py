@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvcache_lib import fast
+from kvcache_lib import direct
 from kvcache_lib.block import Block_kv
 from kvcache_lib.fast import GPT_fast, KVBuffer
 from kvcache_lib.measure.profiling import peak_bytes
@@ -415,14 +415,14 @@ def test_a_decode_step_allocates_the_same_at_every_length():
 # --- the operations ---
 
 
-@pytest.mark.skipif(fast._onednn_linear is None, reason="PyTorch without oneDNN")
+@pytest.mark.skipif(direct._onednn_linear is None, reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7)])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_onednn_computes_what_the_layer_computes(monkeypatch, shape, gelu, bias):
     used = []
-    onednn = fast._onednn_linear
-    monkeypatch.setattr(fast, "_onednn_linear", lambda *args: (used.append(1), onednn(*args))[1])
+    onednn = direct._onednn_linear
+    monkeypatch.setattr(direct, "_onednn_linear", lambda *args: (used.append(1), onednn(*args))[1])
     layer = torch.nn.Linear(512, 768, bias=bias)
     x = torch.randn(*shape, 512)
     want = layer.double()(x.double())
@@ -430,12 +430,12 @@ def test_onednn_computes_what_the_layer_computes(monkeypatch, shape, gelu, bias)
         want = torch.nn.functional.gelu(want, approximate="tanh")
     layer.float()
     with torch.no_grad():
-        torch.testing.assert_close(fast.linear(x, layer, gelu), want.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(direct.linear(x, layer, gelu), want.float(), rtol=1e-5, atol=1e-5)
     assert used == [1]
-    fast.linear(x, layer, gelu).sum().backward()  # gradients, small weights and float64 take another way
+    direct.linear(x, layer, gelu).sum().backward()  # gradients, small weights and float64 take another way
     with torch.no_grad():
-        fast.linear(x.double(), layer.double(), gelu)
-        fast.linear(x[..., :64], torch.nn.Linear(64, 64), gelu)
+        direct.linear(x.double(), layer.double(), gelu)
+        direct.linear(x[..., :64], torch.nn.Linear(64, 64), gelu)
     assert used == [1] and layer.weight.grad is not None
 
 
@@ -452,7 +452,7 @@ def test_wide_layers_in_float32_equal_float64():
 def test_autocast_reaches_the_wide_layers_too():
     layer, x = torch.nn.Linear(512, 768), torch.randn(1, 1, 512)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert fast.linear(x, layer).dtype == layer(x).dtype == torch.bfloat16
+        assert direct.linear(x, layer).dtype == layer(x).dtype == torch.bfloat16
 
 
 def test_bfloat16_weights_take_half_and_stay_close():

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvcache_lib import benchmark
 from kvcache_lib.cost import cache_bytes, step_cost
-from kvcache_lib.measure import contestants, ladder, subjects
+from kvcache_lib.measure import contestants, ladder, reading, subjects
 from kvcache_lib.measure.drawing import draw_ladder
 from kvcache_lib.measure.profiling import operation_times, peak_bytes
 
@@ -32,7 +32,7 @@ def models():
 def test_all_who_decode_predict_the_same_again_and_again(models, B, T):
     steps = contestants.decode_steps(models, B, T)
     want = models.plain(models.tokens(B, T))[0][:, -1].detach()
-    compared = [name for name in steps if not name.startswith(("floor", "bytes"))]
+    compared = [name for name in steps if name not in (contestants.PRODUCTS, contestants.FLOOR)]
     assert len(compared) == (6 if not contestants.missing_peer() else 4)
     for name in compared:
         for _ in range(3):  # each leaves its cache as it was
@@ -44,7 +44,7 @@ def test_all_who_prefill_predict_the_same(models, monkeypatch):
     monkeypatch.setattr(models, "half", models.fast)
     want = models.plain(models.tokens(2, 30))[0][:, -1].detach()
     for name, step in contestants.prefill_steps(models, 2, 30).items():
-        if not name.startswith(("floor", "bytes")):
+        if name not in (contestants.PRODUCTS, contestants.FLOOR):
             with torch.no_grad():
                 torch.testing.assert_close(step(), want, rtol=1e-9, atol=1e-9)
 
@@ -57,37 +57,56 @@ def test_all_who_generate_write_the_same(models, monkeypatch):
 
 
 @pytest.mark.parametrize("B,T,rows", [(1, 50, 1), (3, 20, 20)])
-def test_the_floor_multiplies_every_weight_and_reads_the_whole_cache(models, B, T, rows):
+@pytest.mark.parametrize("reader", reading.READERS)
+def test_the_floor_reads_every_byte_and_the_products_multiply_every_weight(models, B, T, rows, reader, monkeypatch):
+    monkeypatch.setattr(contestants, "fastest_reader", lambda x, seconds: (reader, 1.0))
     config, read = models.kv.config, []
-    floor, bytes_ = contestants.floor_steps(models.kv, B, T, rows).values()
+    products, floor = contestants.floor_steps(models.kv, B, T, rows).values()
     cost = step_cost(config, rows, T, B, itemsize=8, all_logits=True)
-    with FlopCounterMode(display=False) as counter:
-        floor()
-    assert counter.get_total_flops() == 2 * (cost.linear_macs + cost.logits_macs)
+    if reader != "product with a vector":  # which multiplies to read
+        with FlopCounterMode(display=False) as counter:
+            products()
+        assert counter.get_total_flops() == 2 * (cost.linear_macs + cost.logits_macs)
 
     class Reads(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.sum.default:
+            if func.overloadpacket in (torch.ops.aten.sum, torch.ops.aten.amax, torch.ops.aten.mv):
                 read.append(args[0].nbytes)
             return func(*args, **(kwargs or {}))
 
     with Reads():
-        floor()
-    assert read == [cache_bytes(config, T, B, itemsize=8)]
-    with Reads():
-        bytes_()
-    assert sum(read[1:]) == cost.weight_bytes + cost.cache_bytes
+        products(), floor()
+    cache = cache_bytes(config, T, B, itemsize=8)
+    assert len(read) == 2
+    for got, want in zip(read, (cache, cost.weight_bytes + cache)):
+        assert want <= got < want + 4096  # whole pages
 
 
 def test_ratios_are_those_of_the_medians():
-    steps = {name: lambda: torch.zeros(1) for name in ("GPT_kv", "GPT_fast", contestants.PEER, contestants.FLOOR)}
+    compared = {"vs_transformers": contestants.PEER, "vs_products": contestants.PRODUCTS, "vs_floor": contestants.FLOOR}
+    steps = {name: lambda: torch.zeros(1) for name in ("GPT_kv", "GPT_fast", *compared.values())}
     steps["other"] = lambda: torch.zeros(2)
     steps["GPT_fast"] = lambda: torch.full((1,), 0.5)
     rows = {row["name"]: row for row in ladder.group(steps, seconds=0.01, device="cpu")}
     for row in rows.values():
-        assert row["vs_transformers"] == row["median"] / rows[contestants.PEER]["median"]
-        assert row["vs_floor"] == row["median"] / rows[contestants.FLOOR]["median"]
+        assert all(row[key] == row["median"] / rows[name]["median"] for key, name in compared.items())
     assert (rows["GPT_fast"]["error"], rows["GPT_kv"]["error"], rows["other"]["error"]) == (0.5, 0.0, None)
+
+
+def test_a_floor_that_something_undercuts_says_so_in_its_row(monkeypatch):
+    names = ("no cache, fused attention", "GPT_kv", "GPT_fast", "GPT_fast, bfloat16", contestants.FLOOR)
+    monkeypatch.setattr(ladder, "interleaved", lambda *steps, **_: [[ms, ms] for ms in (1.0, 3.0, kept, 1.0, 2.0)])
+    for kept, beaten in ((1.9, ["GPT_fast"]), (2.1, [])):
+        rows = ladder.group({name: lambda: torch.zeros(1) for name in names}, 0.01, "cpu")
+        assert [row["beaten_by"] for row in rows] == [None, None, None, None, beaten]
+        group = {"model_type": "gpt-nano", "kind": "decode", "batch": 1, "T": 16, "rows": rows}
+        result = {"groups": [group], **dict.fromkeys(("device", "hardware", "threads", "torch", "transformers", "python", "system"), "x")}
+        said = [line for line in ladder.format_ladder(result).splitlines() if "no floor here" in line]
+        assert len(said) == bool(beaten) and all(line.startswith("floor:") and line.endswith("faster: GPT_fast") for line in said)
+        picture = draw_ladder(result)
+        assert ("something lies" in picture.alt) == bool(beaten)
+        crosses = [line for line in picture.axes[0].get_lines() if line.get_marker() == "x"]
+        assert len(crosses) == bool(beaten)
 
 
 def test_memory_and_operations_are_counted():

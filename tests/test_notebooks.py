@@ -33,6 +33,14 @@ def test_committed_outputs(path):
     assert "widgets" not in json.loads(path.read_text())["metadata"]
 
 
+@by_number
+def test_a_cell_that_draws_shows_its_picture(path):
+    for cell in cells(path, "code"):
+        if re.search(r"^fig\b.* = figure\(", "".join(cell["source"]), re.M):
+            shown = "".join(str(output.get("data", {})) for output in cell["outputs"])
+            assert "<img" in shown or "image/png" in shown, "".join(cell["source"])[:80]
+
+
 @by_name
 def test_no_path_of_a_machine(path):
     here = [f"{folder}/" for folder in (ROOT, Path.home(), tempfile.gettempdir(), "/home", "/Users")]

@@ -10,8 +10,8 @@ import pytest
 
 MODELS = [
     "files", "measure", "measure.command", "named", "config", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort",
-    "measure.timing", "measure.subjects", "benchmark", "cost", "buffer", "fast", "corpus", "text", "kept",
-    "measure.profiling", "measure.contestants", "measure.drawing", "measure.ladder", "measure.program",
+    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "direct", "fast", "corpus", "text", "kept",
+    "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """
 import importlib, json, sys

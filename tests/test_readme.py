@@ -1,5 +1,6 @@
 """The README keeps its promises."""
 
+import json
 import re
 import subprocess
 import sys
@@ -29,3 +30,16 @@ def test_make_targets_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
     for command in re.findall(r"make ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text()):
         assert command in targets, command
+
+
+def test_minutes_are_those_of_the_notebooks():
+    for name, minutes in re.findall(r"(?m)^\| \[\d\d\]\(nbs/(\S+)\) .*\| (\d+) \|$", README):
+        text = (ROOT / "nbs" / name).read_text(encoding="utf-8")
+        assert re.search(r"\*\*Time:\*\* about (\d+) minutes", text)[1] == minutes, name
+
+
+def test_the_speedup_that_it_leads_with_is_the_fair_one():
+    for model in json.loads((ROOT / "benchmark_results.json").read_text())["models"]:
+        row = model["rows"][-1]
+        fair = row["fused"]["median"] / row["kv"]["median"]
+        assert f"{model['model_type']}'s step {fair:.0f} times as fast" in README and f"T = {row['T']:,}" in README

@@ -114,13 +114,13 @@ def test_every_row_weight_and_choice_is_the_baselines(models, recorded):
     for number, step in enumerate(recorded.steps, 1):
         seen.clear()
         logits, _ = baseline(torch.tensor([recorded.text[step.start : step.start + step.S]]))
-        for layer in (1, 2, 3):
-            qkv, weights = seen[2 * layer - 2 : 2 * layer]
-            for head in (1, 2):
-                want = torch.stack([z[:, 4 * head - 4 : 4 * head] for z in qkv.split(8, dim=1)])
+        for layer in (0, 1, 2):
+            qkv, weights = seen[2 * layer : 2 * layer + 2]
+            for head in (0, 1):
+                want = torch.stack([z[:, 4 * head : 4 * head + 4] for z in qkv.split(8, dim=1)])
                 torch.testing.assert_close(torch.stack(list(recorded.rows(number, layer, head))), want)
-                torch.testing.assert_close(recorded.weights(number, layer, head), weights[head - 1])
-                torch.testing.assert_close(recorded.weights(number, layer, head, at=[0, 5]), weights[head - 1][[0, 5]])
+                torch.testing.assert_close(recorded.weights(number, layer, head), weights[head])
+                torch.testing.assert_close(recorded.weights(number, layer, head, at=[0, 5]), weights[head][[0, 5]])
             torch.testing.assert_close(recorded.newest_weights(number, layer), weights[:, -1])
         p = logits[0, -1].softmax(dim=0)
         assert dict(step.top) == pytest.approx({token: p[token].item() for token in p.topk(5).indices.tolist()})
@@ -188,8 +188,8 @@ def with_attention(attention_class, models):
 def test_a_class_of_your_own(models, recorded):
     mine = trace(with_attention(Fused, models), PROMPT, 8)
     assert mine.text == recorded.text
-    for layer in (1, 2, 3):
-        torch.testing.assert_close(mine.weights(8, layer, 2), recorded.weights(8, layer, 2))
+    for layer in (0, 1, 2):
+        torch.testing.assert_close(mine.weights(8, layer, 1), recorded.weights(8, layer, 1))
 
 
 def test_the_fast_gpt_and_a_batch(models, recorded):
@@ -235,9 +235,9 @@ def test_models_of_transformers(kind):
     model.set_attn_implementation("eager")
     for one in seen:
         out = model(torch.tensor([one.text[:12]]), output_attentions=True)
-        for layer in (1, 2):
-            for head in (1, 2, 3, 4):
-                torch.testing.assert_close(one.weights(5, layer, head), out.attentions[layer - 1][0, head - 1])
+        for layer in (0, 1):
+            for head in (0, 1, 2, 3):
+                torch.testing.assert_close(one.weights(5, layer, head), out.attentions[layer][0, head])
         p = out.logits[0, -1].softmax(dim=0)
         assert dict(one.steps[-1].top) == pytest.approx({token: p[token].item() for token, _ in one.steps[-1].top})
     assert step_cost(seen[0], 2).cache_bytes_read == 2 * 2 * 8 * (16 if kind == "gpt2" else 8) * 8
@@ -294,7 +294,7 @@ def test_a_layer_in_chunks(models, chunks):
     layer = trace_layer(attn, x, chunks)
     assert [step.T for step in layer.steps] == chunks and hooks(attn) == 0
     whole = trace_layer(attn, x, [8])
-    torch.testing.assert_close(layer.weights(len(chunks), 1, 2), whole.weights(1, 1, 2))
+    torch.testing.assert_close(layer.weights(len(chunks), 0, 1), whole.weights(1, 0, 1))
     told, _ = unpacked(pack([layer]))
     assert told["texts"][0]["steps"][0]["top"] == [] and not told["seconds"]
     assert [n is None for n in told["texts"][0]["steps"][0]["cost"][0]] == [False, True, True, False, False]
@@ -336,7 +336,7 @@ def test_models_that_cannot_be_shown(models):
         trace(other, PROMPT, 2)
 
 
-@pytest.mark.parametrize("where", [dict(layer=0), dict(layer=4), dict(head=3), dict(step=0), dict(step=9), dict(rows=2)])
+@pytest.mark.parametrize("where", [dict(layer=-1), dict(layer=3), dict(head=2), dict(step=0), dict(step=9), dict(text=1), dict(rows=2)])
 def test_out_of_range(recorded, where):
     widgets = len(ipywidgets.widgets.widget._instances)
     with pytest.raises(ValueError, match=f"expected {next(iter(where))}"):
@@ -426,7 +426,7 @@ def test_long_and_wide():
     many = type(trace_of)(trace_of.steps, (wide,), 25, text=tuple(range(500)))
     told, (run,) = unpacked(pack([many], lambda token: "שלום " * token))
     assert run.shape == (3, 48, 500, 100) and told["names"]["7"] == "שלום " * 7
-    assert len(filmstrip(many, View(48, 25, names=lambda token: "word" * token), [5]).data) < 60_000
+    assert len(filmstrip(many, View(47, 24, names=lambda token: "word" * token), [5]).data) < 60_000
 
 
 def test_names_cannot_break_the_page(recorded):
@@ -454,12 +454,13 @@ def test_pictures(recorded):
 
 def test_traits(models):
     stepper = CacheStepper(models[0], PROMPT, 8, vocab="abcdefghijk", step=2)
-    stepper.step, stepper.layer, stepper.head, stepper.cache = 8, 3, 2, False
-    assert (stepper.view.layer, stepper.view.head, stepper.view.cache, stepper.view.names(2)) == (3, 2, False, "c")
-    for name in ("step", "layer", "head", "text"):
-        with pytest.raises(ValueError, match=f"expected {name} from 1 to"):
+    assert (stepper.layer, stepper.head, stepper.text) == (0, 0, 0), "as in code"
+    stepper.step, stepper.layer, stepper.head, stepper.cache = 8, 2, 1, False
+    assert (stepper.view.layer, stepper.view.head, stepper.view.cache, stepper.view.names(2)) == (2, 1, False, "c")
+    for name, limits in dict(step="1 to 8", layer="0 to 2", head="0 to 1", text="0 to 0").items():
+        with pytest.raises(ValueError, match=f"expected {name} from {limits}, got 9"):
             setattr(stepper, name, 9)
-    assert (stepper.step, stepper.layer) == (8, 3)
+    assert (stepper.step, stepper.layer) == (8, 2)
     assert stepper.data == b"", "sent only where a front end wants it"
     stepper.wanted = True
     assert stepper.data == stepper.packed
@@ -497,7 +498,7 @@ def test_the_output_is_whole_by_itself(recorded, monkeypatch):
     monkeypatch.setenv("KVCACHE_STATIC", "1")
     static = stepper._repr_mimebundle_()
     assert static == TraceStepper(recorded, step=3)._repr_mimebundle_() and stepper.key not in static["text/html"]
-    assert re.search("<img alt='Step 3 of 8: token 10", static["text/html"]) and len(static["text/html"]) < 100_000
+    assert re.search("<img alt='Step 3 of 8: token 9", static["text/html"]) and len(static["text/html"]) < 100_000
     assert "http" not in static["text/html"]
     stepper.close()
 
@@ -512,4 +513,4 @@ def test_attention_weights_by_hand():
     "Two equal keys share the weight; a masked one gets none."
     q, k = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0], [5.0, 5.0]])
     torch.testing.assert_close(attention_weights(q, k, torch.tensor([1])), torch.tensor([[0.5, 0.5, 0.0]]))
-    assert "Layer 1, head 1." in described(trace_rows(k, k, k, [3]), 1, View())
+    assert "Layer 0, head 0. Rows 0–2 computed now." in described(trace_rows(k, k, k, [3]), 1, View())

@@ -19,7 +19,7 @@ from lab import browser_page, free_port, jupyter_lab, needs_chromium, open_noteb
 
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPTConfig
-from kvcache_lib.stepper import TraceStepper, trace, traces
+from kvcache_lib.stepper import TraceStepper, trace, trace_rows, traces
 from kvcache_lib.stepper.pictures import View, headline, reason, row_states, visible
 
 SHOTS = os.environ.get("KVCACHE_SHOTS")  # a folder; the tests leave screenshots there for you to look at
@@ -161,15 +161,15 @@ def test_keys_stay_in_the_stepper(lab, recorded):
     page.locator(f"{HOST} .heads button >> nth=1").click()
     page.locator(f"{HOST} [aria-label=layer] button >> nth=1").click()
     page.locator(f"{HOST} [aria-label=mode] button", has_text="without").click()
-    expect_shows(page, recorded, 2, View(2, 2, False))
-    assert "where 2 2 2 False False" in run_cell(page, 4)
+    expect_shows(page, recorded, 2, View(1, 1, False))
+    assert "where 2 1 1 False False" in run_cell(page, 4)
     page.locator(f"{HOST} [aria-label=mode] button", has_text="race").click()
     page.locator(f"{HOST} button", has_text="measure it in the kernel").click()
     page.wait_for_function("document.querySelector('[data-kvcache]').shadowRoot.querySelector('.source').textContent.includes('measured in this kernel')", timeout=20_000)
     page.locator(f"{HOST} [aria-label=mode] button", has_text="without").click()
-    page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets[4].model.sharedModel.setSource('stepper.step, stepper.head, stepper.cache = 7, 1, True')")
+    page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets[4].model.sharedModel.setSource('stepper.step, stepper.head, stepper.cache = 7, 0, True')")
     run_cell(page, 4)
-    expect_shows(page, recorded, 7, View(2, 1))
+    expect_shows(page, recorded, 7, View(1, 0))
     assert page.errors == []
 
 
@@ -210,7 +210,7 @@ def test_saved_restarted_reopened_untrusted(lab, recorded):
     page.locator(f"{HOST} .kvs").focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
-    expect_shows(page, recorded, 2, View(2, 1))
+    expect_shows(page, recorded, 2, View(1, 0))
 
     saved = page.root / "stepper.ipynb"
     notebook = json.loads(saved.read_text())
@@ -302,24 +302,24 @@ def test_exported_page_without_a_network(lab, recorded, exported):
         page.context.route(re.compile("^(https?|wss?):"), lambda route: (blocked.append(route.request.url), route.abort()))
         page.goto(exported.as_uri(), wait_until="load")
         page.locator(f"{HOST} .kvs").wait_for(timeout=30_000)
-        for layer in (1, 2):
-            page.locator(f"{HOST} [aria-label=layer] button >> nth={layer - 1}").click()
+        for layer in (0, 1):
+            page.locator(f"{HOST} [aria-label=layer] button >> nth={layer}").click()
             for cache, name in ((True, "with the cache"), (False, "without")):
                 page.locator(f"{HOST} [aria-label=mode] button", has_text=name).first.click()
                 page.keyboard.press("Home")
                 for step in range(1, 10):
-                    expect_shows(page, recorded, step, View(layer, 1, cache))
+                    expect_shows(page, recorded, step, View(layer, 0, cache))
                     page.keyboard.press("ArrowRight")
         page.locator(f"{HOST} [aria-label=mode] button", has_text="with the cache").click()
         page.locator(f"{HOST} .row >> nth=2").hover()
-        w = recorded.weights(9, 2, 1)[-1, 2].item()
-        q, k, _ = recorded.rows(9, 2, 1)
+        w = recorded.weights(9, 1, 0)[-1, 2].item()
+        q, k, _ = recorded.rows(9, 1, 0)
         said = page.evaluate(SHOWN)["say"].replace("−", "-")
         assert f"= {w:.3f}" in said and f"= {(q[-1] @ k[2]).item():.2f}" in said and "/ √16 = " in said
         page.locator(f"{HOST} .rows").focus()
         for _ in range(3):
             page.keyboard.press("ArrowUp")
-        assert f"{recorded.weights(9, 2, 1)[-1, 9].item():.3f} · (" in page.evaluate(SHOWN)["say"].replace("−", "-")
+        assert f"{recorded.weights(9, 1, 0)[-1, 9].item():.3f} · (" in page.evaluate(SHOWN)["say"].replace("−", "-")
         shoot(page, "exported")
 
         page.locator(f"{HOST} [aria-label=mode] button", has_text="race").click()
@@ -369,7 +369,7 @@ def test_long_wide_and_a_batch(lab, tmp_path):
     model = GPT_kv(GPTConfig(n_layer=48, n_head=25, n_embd=50, vocab_size=6, block_size=64)).eval()
     both = traces(model, torch.randint(6, (2, 58)), 3)
     words = ["a", "internationalisation", "שלום", "两", "<b>&", " \n"]
-    stepper = TraceStepper(both, vocab=words, step=3, layer=48, head=25)
+    stepper = TraceStepper(both, vocab=words, step=3, layer=47, head=24)
     (tmp_path / "wide.html").write_text(f"<!doctype html><meta charset='utf-8'>{stepper._repr_mimebundle_()['text/html']}")
     stepper.close()
     with another_page(lab) as page:
@@ -377,27 +377,46 @@ def test_long_wide_and_a_batch(lab, tmp_path):
         page.goto((tmp_path / "wide.html").as_uri())
         page.locator(f"{HOST} .kvs").wait_for(timeout=30_000)
         shown = visible(60, 60, 16)
-        for text in (1, 2):
-            page.locator(f"{HOST} [aria-label='text of the batch'] button >> nth={text - 1}").click()
+        for text in (0, 1):
+            page.locator(f"{HOST} [aria-label='text of the batch'] button >> nth={text}").click()
             page.keyboard.press("End")
-            rows, weights = page.evaluate(SHOWN)["rows"], both[text - 1].weights(3, 48, 25)[-1]
+            rows, weights = page.evaluate(SHOWN)["rows"], both[text].weights(3, 47, 24)[-1]
             assert [row[2] for row in rows if row[0] != "gap"] == [f"{weights[i]:.2f}" for i in shown if i is not None]
             hidden = 1 - sum(weights[i].item() for i in shown if i is not None)
             assert float(rows[3][2]) == pytest.approx(hidden, abs=0.006) and rows[3][1] == "45 more"
-            names = [words[both[text - 1].text[i]].replace(" ", "␣").replace("\n", "↵") for i in shown if i is not None]
+            names = [words[both[text].text[i]].replace(" ", "␣").replace("\n", "↵") for i in shown if i is not None]
             assert [row[1] for row in rows if row[0] != "gap"] == names
         page.keyboard.press("Home")
         page.locator(f"{HOST} svg .seen[data-j='57'][data-i='1']").click()  # the last token of the prompt asks
-        page.locator(f"{HOST} svg .seen[data-j='2'][data-i='1']").click()  # the third asks
-        want = both[1].weights(1, 48, 25)[2]
+        page.locator(f"{HOST} svg .seen[data-j='2'][data-i='1']").click()  # the token at position 2 asks
+        want = both[1].weights(1, 47, 24)[2]
         rows = page.evaluate(SHOWN)["rows"]
         assert [row[2] for row in rows[:3]] == [f"{w:.2f}" for w in want[:3].tolist()] and rows[5][2] == "masked"
         page.locator(f"{HOST} [aria-label=layer] button >> nth=6").click()
         page.locator(f"{HOST} .heads button >> nth=11").click()
         data = page.evaluate(SHOWN)["data"]
-        assert (data["layer"], data["head"], data["text"]) == ("7", "12", "2")
+        assert (data["layer"], data["head"], data["text"]) == ("6", "11", "1")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 700
         shoot(page, "wide")
+        assert page.errors == []
+
+
+@needs_chromium
+def test_rows_by_hand_count_from_0(lab, tmp_path):
+    "Without a text the tokens are x0, x1, …; places, heads and the words count from 0, as the positions in code do."
+    one = trace_rows(torch.eye(3), torch.eye(3), torch.eye(3), [2, 1])
+    stepper = TraceStepper(one, step=2)
+    (tmp_path / "rows.html").write_text(f"<!doctype html><meta charset='utf-8'>{stepper._repr_mimebundle_()['text/html']}")
+    stepper.close()
+    with another_page(lab) as page:
+        page.goto((tmp_path / "rows.html").as_uri())
+        page.locator(f"{HOST} .kvs").wait_for(timeout=30_000)
+        got, texts = page.evaluate(SHOWN), lambda selector: page.locator(f"{HOST} {selector}").all_text_contents()
+        assert [row[1] for row in got["rows"]] == ["x0", "x1", "x2"]
+        assert texts(".row .place") == ["0", "1", "2"] and texts(".strip small") == ["0", "1", "2"]
+        assert got["head"] == headline(one, 2, View()) == "Step 2 of 2: token 2 is encoded. The rows of tokens 0–1 are read from the cache."
+        assert "Token 2, “x2”, asks. Token 2, “x2”, answers:" in got["say"]
+        assert (got["data"]["layer"], got["data"]["head"], got["data"]["text"]) == ("0", "0", "0")
         assert page.errors == []
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMISES', 'METHODS', 'NUMBERS', 'judge', 'Later', 'check_attention', 'check_block', 'check_gpt', 'check_generate',
-           'CheckFailed', 'Report', 'who_sees_whom']
+           'findings', 'CheckFailed', 'Report', 'who_sees_whom']
 
 # %% ../../nbs/tools/checks/checks.ipynb #cell-2
 import torch.nn as nn
@@ -14,6 +14,7 @@ from .attention import who_sees_whom
 from .judging import Judge, explained, not_written, said
 from .observe import BASES, Observations
 from .report import CheckFailed, Report
+from .watching import isolated
 
 # %% ../../nbs/tools/checks/checks.ipynb #cell-4
 _all_ = ["CheckFailed", "Report", "who_sees_whom"]
@@ -129,3 +130,16 @@ def check_generate(cls) -> Report:
     Raises CheckFailed, which names the mistake; TypeError if cls is not a class.
     """
     return _check("check_generate", cls).report()
+
+# %% ../../nbs/tools/checks/checks.ipynb #cell-16
+def findings(check: str, cls, seed: int = 0) -> dict[str, CheckFailed | None]:
+    """What each property says of a class, asked by itself: `{property: a failure, or None if it holds}`, in the order of the check.
+
+    check: a key of PROMISES.  cls: the class.  If it cannot be built, that is the only property.
+    """
+    try:
+        made = _judge(check, Observations(check, cls, seed), seed)
+    except CheckFailed as e:
+        return {e.failed: e}
+    with isolated():
+        return {promise.name: made.failure(promise) for promise in made.promises}

@@ -66,22 +66,28 @@ class Judge:
             self.made[name] = [Case(self, name, n, call, z, text) for n, (call, z, text) in enumerate(zip(scenario.calls, seen, texts))]
         return self.made[name]
 
+    def failure(self, promise: Promise) -> CheckFailed | None:
+        "The first failure of one promise, or None if it holds."
+        try:
+            for case in (case for name in promise.scenarios for case in self.cases(name)):
+                for question in promise.questions:
+                    question(case)
+        except CheckFailed as e:
+            e.failed = e.failed or promise.name
+            return e
+        return None
+
     def report(self) -> Report:
         "Try the promises in turn. Raises CheckFailed for the first that does not hold."
         report = Report(self.title)
         with isolated():
             for promise in self.promises:
-                try:
-                    for case in (case for name in promise.scenarios for case in self.cases(name)):
-                        for question in promise.questions:
-                            question(case)
-                except CheckFailed as e:
-                    e.failed = e.failed or promise.name
-                    if "is not written yet" in e.mistake:
-                        e.failed = ""
-                    elif self.below is not None and not e.sure:
+                if failure := self.failure(promise):
+                    if "is not written yet" in failure.mistake:
+                        failure.failed = ""
+                    elif self.below is not None and not failure.sure:
                         self.blame()
-                    raise
+                    raise failure
                 report.rows.append((promise.name, promise.tried))
         report.notes = list(dict.fromkeys(self.notes))
         return report

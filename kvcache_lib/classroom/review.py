@@ -90,7 +90,7 @@ def likeness(one: Counter, other: Counter) -> float | None:
 # %% ../../nbs/tools/classroom/review.ipynb #cell-7
 USUAL = set(
     "torch einops math cmath typing functools itertools collections dataclasses __future__ contextlib warnings numpy abc copy numbers "
-    "matplotlib kvcache_lib.mingpt kvcache_lib.named kvcache_lib.plots my_kvcache".split()
+    "matplotlib kvcache_lib.arguments kvcache_lib.mingpt kvcache_lib.named kvcache_lib.plots my_kvcache".split()
 )
 TOOLS = set(
     "eval exec compile open input breakpoint globals locals vars dir setattr delattr getattr __import__ __builtins__ __loader__ __spec__".split()

@@ -11,26 +11,38 @@ import io
 from .contestants import FLOOR, PEER
 
 # %% ../../nbs/tools/measure/drawing.ipynb #cell-4
-SHOWN = ("GPT_kv", PEER, "GPT_fast", FLOOR)  # four lines can be told apart
+SHOWN = ("GPT_kv", PEER, "GPT_fast")  # three lines and a floor can be told apart
 
 
 def draw_ladder(result: dict):
     "A figure of the decode steps: a panel for each model and batch, the time over the context. Returns the figure."
     from matplotlib.ticker import LogLocator, NullFormatter  # only here: timing needs no plots
 
-    from kvcache_lib.plots import DASHES, LINES, MARKERS, figure
+    from kvcache_lib.plots import DASHES, INK, LINES, MARKERS, figure
 
     groups = [g for g in result["groups"] if g["kind"] == "decode"]
     panels = list(dict.fromkeys((g["model_type"], g["batch"]) for g in groups))
-    fig, axs = figure(len(panels), width=2.5, height=2.9)
+    fails = sum(bool(row["beaten_by"]) for g in groups for row in g["rows"])
+    fig, axs = figure(len(panels), width=2.5, height=3.0, alt=(
+        "One decode step in milliseconds over the context, a panel for each model and batch. Grey ground below marks the time of "
+        f"reading weights and cache once; {'nothing shown lies' if not fails else f'at {fails} contexts something lies'} in it. "
+        f"The lines above it: {', '.join(SHOWN)}."))  # fmt: skip
     for ax, panel in zip(axs, panels):
         mine = [g for g in groups if (g["model_type"], g["batch"]) == panel]
+        rows = [{row["name"]: row for row in g["rows"]} for g in mine]
         Ts = [g["T"] for g in mine]
         for i, name in enumerate(SHOWN):
-            found = [[r for r in g["rows"] if r["name"] == name] for g in mine]
-            if all(found):
-                ax.plot(Ts, [rows[0]["median"] for rows in found], color=LINES[i], marker=MARKERS[i], ls=DASHES[i], ms=4,
-                        label=name.split(":")[0])  # fmt: skip
+            if all(name in row for row in rows):
+                ax.plot(Ts, [row[name]["median"] for row in rows], color=LINES[i], marker=MARKERS[i], ls=DASHES[i], ms=4,
+                        label=name)  # fmt: skip
+        if all(FLOOR in row for row in rows):
+            floor = [row[FLOOR]["median"] for row in rows]
+            ax.fill_between(Ts, floor, min(floor) / 3, color=INK, alpha=0.35, lw=0, label="floor: one read of all bytes")
+            ax.plot(Ts, floor, color=INK, lw=1.5)
+            ax.set_ylim(bottom=min(floor) / 3)
+            low = [(T, ms) for T, ms, row in zip(Ts, floor, rows) if row[FLOOR]["beaten_by"]]
+            if low:
+                ax.plot(*zip(*low), color=LINES[0], marker="x", ms=9, mew=2, ls="", label="no floor: something was faster")
         ax.set(title=f"{panel[0]}, batch {panel[1]}", xlabel="context T (tokens)", yscale="log")
         ax.locator_params(axis="x", nbins=4)
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -38,8 +50,8 @@ def draw_ladder(result: dict):
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     axs[0].set_ylabel("one decode step (ms)")
-    handles, labels = axs[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    named = {label: handle for ax in axs for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
     return fig
 
 
@@ -47,9 +59,7 @@ def svg(figure) -> str:
     "A figure as the text of an .svg file, the same for the same figure."
     import matplotlib
 
-    from kvcache_lib.plots import inked
-
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "kvcache", "svg.fonttype": "none"}):
-        inked(figure).savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

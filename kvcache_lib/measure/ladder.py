@@ -12,7 +12,9 @@ from importlib.metadata import version
 
 import torch
 
-from .contestants import FLOOR, PEER, PEERS, Contestants, decode_steps, generations, missing_peer, prefill_steps
+from kvcache_lib.measure.contestants import (
+    FLOOR, PEER, PEERS, PRODUCTS, Contestants, beaten_by, decode_steps, generations, missing_peer, prefill_steps,
+)  # fmt: skip
 from .drawing import draw_ladder, svg
 from .profiling import peak_bytes
 from .subjects import check_arguments
@@ -32,18 +34,20 @@ def group(steps: dict, seconds: float, device: str) -> list:
         peaks = [
             peak_bytes(lambda: first.update({name: step()}), device) for name, step in steps.items()
         ]
-        times = [quartiles(t) for t in interleaved(*steps.values(), seconds=seconds, min_rounds=3)]
+        times = [quartiles(t) for t in interleaved(*steps.values(), seconds=seconds)]
     medians = {name: t["median"] for name, t in zip(steps, times)}
-    peer = next(
-        (m for name, m in medians.items() if name in (PEER, PEERS[2])), None
-    )
+    others = {
+        "vs_transformers": next((m for name, m in medians.items() if name in (PEER, PEERS[2])), None),
+        "vs_products": medians.get(PRODUCTS),
+        "vs_floor": medians.get(FLOOR),
+    }
     rows = []
     for (name, got), peak, t in zip(first.items(), peaks, times):
         same = got.shape == first["GPT_kv"].shape and got.is_floating_point()  # logits, not tokens
         rows.append({
             "name": name, **t, "peak_bytes": peak,
-            "vs_transformers": t["median"] / peer if peer else None,
-            "vs_floor": t["median"] / medians[FLOOR] if FLOOR in medians else None,
+            **{key: t["median"] / other if other else None for key, other in others.items()},
+            "beaten_by": beaten_by(medians) if name == FLOOR else None,
             "error": (got.double() - first["GPT_kv"].double()).abs().max().item() if same else None,
         })  # fmt: skip
     return rows
@@ -101,7 +105,7 @@ def format_ladder(result: dict) -> str:
     "The text of ladder_results.txt."
     keys = ("device", "hardware", "threads", "torch", "transformers", "python", "system")
     lines = [", ".join(f"{key} {result[key] or 'none'}" for key in keys), "times in ms: median [quartiles]; /HF: against transformers "
-             "with its DynamicCache, or its generate; /floor: against the floor", "peak: MB that PyTorch holds during the "
+             "with its DynamicCache, or its generate; /prod: against the products; /floor: against the floor", "peak: MB that PyTorch holds during the "
              "step beyond what it held before; error: the largest difference to GPT_kv's result"]  # fmt: skip
     if left_out(result):
         lines.append(f"left out, since this machine has no transformers that can do it: {'; '.join(left_out(result))}")
@@ -110,20 +114,21 @@ def format_ladder(result: dict) -> str:
         last = "tokens/s" if generated else "error"
         lines += ["", f"{g['model_type']}, batch {g['batch']}, {TITLES[g['kind']]}, T = {g['T']}"]
         lines.append(
-            f"{'':45}{'median':>9} {'[quartiles]':>19} {'/HF':>6} {'/floor':>7} {'peak':>8} {last:>8}"
+            f"{'':50}{'median':>9} {'[quartiles]':>19} {'/HF':>6} {'/prod':>7} {'/floor':>7} {'peak':>8} {last:>8}"
         )
         for row in g["rows"]:
             spread = f"[{row['q1']:.2f}–{row['q3']:.2f}]"
             ratios = [
                 f"{row[key]:.2f}" if row[key] is not None else ""
-                for key in ("vs_transformers", "vs_floor")
+                for key in ("vs_transformers", "vs_products", "vs_floor")
             ]
             peak = f"{row['peak_bytes'] / 1e6:.2f}" if row["peak_bytes"] is not None else ""
             last = f"{row['error']:.0e}" if row["error"] is not None else ""
             if generated:
                 last = f"{1e3 * g['batch'] * g['T'] / row['median']:.0f}"
+            said = f"  no floor here, faster: {', '.join(row['beaten_by'])}" if row["beaten_by"] else ""
             lines.append(
-                f"{row['name']:45}{row['median']:9.2f} {spread:>19} {ratios[0]:>6} {ratios[1]:>7} {peak:>8} {last:>8}"
+                f"{row['name']:50}{row['median']:9.2f} {spread:>19} {ratios[0]:>6} {ratios[1]:>7} {ratios[2]:>7} {peak:>8} {last:>8}{said}"
             )
     return "\n".join(lines) + "\n"
 

@@ -60,14 +60,14 @@ class Rows {
   draw(moved) {
     const { stepper } = this, { trace, step, state: s, S, shown, states, seen } = stepper;
     const { positive, negative } = stepper.colours;
-    const limits = [0, 1, 2].map((which) => trace.slice(s.text - 1, step.run, which, s.layer).limit);
+    const limits = [0, 1, 2].map((which) => trace.slice(s.text, step.run, which, s.layer).limit);
     const fill = (vector, values, limit) => {
       paint(vector.canvas, values, limit, positive, negative);
       if (values.length <= 4) vector.text.replaceChildren(...digits(values));
     };
     this.asks.textContent = `the query q of “${shownName(stepper.name(step.start + stepper.asker))}”`;
     fill(this.query, seen.q, limits[0]);
-    fill(this.out, trace.output(s.text - 1, step.run, s.layer, s.head, seen.weights), limits[2]);
+    fill(this.out, trace.output(s.text, step.run, s.layer, s.head, seen.weights), limits[2]);
     const known = new Set(shown);
     this.lines.forEach((line, r) => {
       const i = shown[r], gap = i === null, there = !gap && i < S;
@@ -75,11 +75,11 @@ class Rows {
       line.element.className = `line row ${state}${lost ? " lost" : ""}`;
       line.state.className = gap ? "" : `state ${state}`;
       put(line.state, gap || state === "none" ? "" : state);
-      put(line.place, gap ? "⋮" : i + 1);
+      put(line.place, gap ? "⋮" : i);
       put(line.token, gap ? `${shown[r + 1] - shown[r - 1] - 1} more` : there ? shownName(stepper.name(step.start + i)) : "");
       line.token.title = line.token.textContent;
       for (const [which, vector] of [[1, line.key], [2, line.value]]) {
-        if (there) fill(vector, trace.row(s.text - 1, step.run, which, s.layer, s.head, i), limits[which]);
+        if (there) fill(vector, trace.row(s.text, step.run, which, s.layer, s.head, i), limits[which]);
         else paint(vector.canvas, [0], 1, positive), put(vector.text, "");
       }
       let w = there ? (seen.weights[i] ?? null) : null;
@@ -89,8 +89,8 @@ class Rows {
       if (there) line.element.dataset.row = i;
       else delete line.element.dataset.row;
       line.element.setAttribute("aria-label", there
-        ? `token ${i + 1}, ${line.token.textContent}, ${SAID[state]}${lost ? ", its old row is void" : ""}, weight ${w === null ? "masked" : w.toFixed(2)}`
-        : gap ? `${line.token.textContent} tokens` : `place ${i + 1}, not there yet`);
+        ? `token ${step.start + i}, ${line.token.textContent}, ${SAID[state]}${lost ? ", its old row is void" : ""}, weight ${w === null ? "masked" : w.toFixed(2)}`
+        : gap ? `${line.token.textContent} tokens` : `place ${i}, not there yet`);
     });
     if (moved) this.move_in();
   }
@@ -130,10 +130,10 @@ class Side {
     this.title = make("h4");
     this.matrix = make("div.matrix", { onclick: (e) => this.click(e) });
     this.note = make("small");
-    this.heads = new Radios("head", Array.from({ length: trace.n_head }, (_, h) => [h + 1, h + 1]), (head) => stepper.set({ head }), trace.n_head > 12 ? "heads.thin" : "heads");
+    this.heads = new Radios("head", Array.from({ length: trace.n_head }, (_, h) => [h, h]), (head) => stepper.set({ head }), trace.n_head > 12 ? "heads.thin" : "heads");
     this.heads.canvases = this.heads.buttons.map((button, h) => {
       const canvas = make("canvas");
-      button.replaceChildren(make("span", {}, `head ${h + 1}`), make("span.cell", {}, canvas));
+      button.replaceChildren(make("span", {}, `head ${h}`), make("span.cell", {}, canvas));
       return canvas;
     });
     this.headTitle = make("h4");
@@ -150,10 +150,10 @@ class Side {
     const width = Math.min(this.width ?? 360, GUTTER + 25 * shown.length);
     this.matrix.innerHTML = this.attention((width - GUTTER) / shown.length);
     if (trace.n_head > 1) {
-      this.headTitle.textContent = `token ${stepper.asker + 1} asks, in every head`;
+      this.headTitle.textContent = `token ${step.start + stepper.asker} asks, in every head`;
       this.heads.element.style.width = `${width}px`;
       this.heads.canvases.forEach((canvas, h) => {
-        const { weights } = trace.attention(s.text - 1, step.run, s.layer, h + 1, stepper.asker);
+        const { weights } = trace.attention(s.text, step.run, s.layer, h, stepper.asker);
         paint(canvas, shown.map((i) => (i === null ? 0 : (weights[i] ?? 0))), 1, stepper.colours.weight);
       });
       this.heads.show(s.head);
@@ -187,7 +187,7 @@ class Side {
       parts.push(`<text${own} x="${GUTTER - 7}" y="${top + middle + 4}" text-anchor="end">${i === null ? "⋮" : label(i, 6)}</text>`);
     });
     for (const [j, r] of asked) {
-      const { weights } = trace.attention(s.text - 1, step.run, s.layer, s.head, j);
+      const { weights } = trace.attention(s.text, step.run, s.layer, s.head, j);
       shown.forEach((i, c) => {
         if (i === null || i >= S) return;
         const at = `x="${GUTTER + cell * c}" y="${top + cell * r}" width="${cell}" height="${cell}" data-j="${j}" data-i="${i}"`;

@@ -24,8 +24,8 @@ from .recording import Trace
 class View:
     "How to look at a step. rows: the most tokens that get a row."
 
-    layer: int = 1
-    head: int = 1
+    layer: int = 0
+    head: int = 0
     cache: bool = True  # False: as it would be without a cache
     names: object = str  # token number → its name
     rows: int = 16
@@ -58,8 +58,8 @@ def clipped(name: str, length: int = 6) -> str:
 
 
 def token_name(trace: Trace, view: View, position: int, length: int = 6) -> str:
-    "The name of the token at a position of the text, from 0; x1, x2, … where there are no tokens."
-    return clipped(view.names(trace.text[position]), length) if trace.text else f"x{position + 1}"
+    "The name of the token at a position of the text, from 0; x0, x1, … where there are no tokens."
+    return clipped(view.names(trace.text[position]), length) if trace.text else f"x{position}"
 
 # %% ../../nbs/tools/stepper/pictures.ipynb #cell-9
 AGAIN = "again"
@@ -85,6 +85,7 @@ def visible(S: int, length: int, limit: int) -> list:
 
 # %% ../../nbs/tools/stepper/pictures.ipynb #cell-12
 def spanned(first: int, last: int) -> str:
+    "The tokens of the text from `first` to `last`, which count from 0."
     return f"token {first}" if first == last else f"tokens {first}–{last}"
 
 
@@ -93,12 +94,12 @@ def headline(trace: Trace, step: int, view: View) -> str:
     here = trace.steps[step - 1]
     end, T = here.start + here.S, here.T if view.cache else here.S
     name = f", “{token_name(trace, view, end - 1, 24)}”," if T == 1 and trace.text else ""
-    computed = f"{spanned(end - T + 1, end)}{name} {'is' if T == 1 else 'are'} encoded"
+    computed = f"{spanned(end - T, end - 1)}{name} {'is' if T == 1 else 'are'} encoded"
     if not view.cache:
         again = row_states(trace, step, False).count(AGAIN)
         return f"Step {step} of {len(trace.steps)}, without a cache: {computed}" + (f", {again} of them again." if again else ".")
     if here.P:
-        old = spanned(here.start + 1, here.start + here.P) + " "
+        old = spanned(here.start, here.start + here.P - 1) + " "
         rows = f"The row of {old}is" if here.P == 1 else f"The rows of {old}are"
         return f"Step {step} of {len(trace.steps)}: {computed}. {rows} read from the cache."
     return f"Step {step} of {len(trace.steps)}: {computed}" + (", all at once. The cache was empty." if step == 1 else ".")
@@ -110,19 +111,19 @@ def reason(trace: Trace, step: int, view: View) -> str:
     if not view.cache or not lost:
         return ""
     if trace.slide(step) <= 0:
-        return f"The cache held {spanned(1, lost)}, but the model did not use it: everything is encoded again."
+        return f"The cache held {spanned(0, lost - 1)}, but the model did not use it: everything is encoded again."
     return (
-        f"The text has {here.start + here.S} tokens, the block {here.S} places. So the window slides: each token stands one place "
+        f"The text has {here.start + here.S} tokens, the block size is {here.S}. So the window slides: each token stands one place "
         "earlier, its embedding changes, and every cached row is void. The cache is struck out and built again."
     )
 
 
 def summary(states: list) -> str:
-    "“1–5 read, 6 new”: the states, run by run."
+    "“0–4 read, 5 new”: the states, run by run. The first row is row 0."
     runs, first = [], 0
     for i in range(1, len(states) + 1):
         if i == len(states) or states[i] != states[first]:
-            runs.append((f"{first + 1}" if i == first + 1 else f"{first + 1}–{i}") + f" {SAID[states[first]]}")
+            runs.append((f"{first}" if i == first + 1 else f"{first}–{i - 1}") + f" {SAID[states[first]]}")
             first = i
     return ", ".join(runs)
 
@@ -133,7 +134,7 @@ def described(trace: Trace, step: int, view: View) -> str:
     weights = trace.weights(step, view.layer, view.head, at=[here.S - 1])[0].tolist()
     best = max(range(len(weights)), key=weights.__getitem__)
     states = summary(row_states(trace, step, view.cache))
-    looks = f"The newest token looks most at token {best + 1}, weight {weights[best]:.2f}."
+    looks = f"The newest token looks most at token {here.start + best}, weight {weights[best]:.2f}."
     return f"{headline(trace, step, view)} {reason(trace, step, view)} Layer {view.layer}, head {view.head}. Rows {states}. {looks}".replace("  ", " ")
 
 # %% ../../nbs/tools/stepper/pictures.ipynb #cell-15
@@ -147,7 +148,7 @@ def draw_step(ax, trace: Trace, step: int, view: View) -> None:
     here, states = trace.steps[step - 1], row_states(trace, step, view.cache)
     rows, first = visible(here.S, trace.length, view.rows), here.P if view.cache else 0
     q, k, v = (z.float().numpy() for z in trace.rows(step, view.layer, view.head))
-    limits = [float(z.float().abs().max()) or 1.0 for z in trace.runs[here.run][:, view.layer - 1]]  # of all heads
+    limits = [float(z.float().abs().max()) or 1.0 for z in trace.runs[here.run][:, view.layer]]  # of all heads
     weights = trace.weights(step, view.layer, view.head, at=[here.S - 1])[0].tolist()
     asks = token_name(trace, view, here.start + here.S - 1)
 
@@ -159,7 +160,7 @@ def draw_step(ax, trace: Trace, step: int, view: View) -> None:
         ax.imshow(shades[None], extent=(x, x + 4.2, y + 0.42, y - 0.42), cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
         if len(values) <= 4:
             for c, z in enumerate(values):
-                word(x + 4.2 * (c + 0.5) / len(values), y, f"{round(float(z), 2) + 0.0:g}".replace("-", "−"), 7)
+                word(x + 4.2 * (c + 0.5) / len(values), y, f"{round(float(z), 1 if len(values) > 2 else 2) + 0.0:g}".replace("-", "−"), 7)
 
     for x, title, axis in ((6.7, "K", "key →"), (13.7, "V", "val →")):
         word(x, -3.0, title, 9, weight="bold"), word(x, -2.2, axis, 7, GREY)
@@ -173,7 +174,7 @@ def draw_step(ax, trace: Trace, step: int, view: View) -> None:
             continue
         state, there = states[i], i < here.S
         face, hatch, ink = LOOKS[state]
-        word(0.3, r, str(i + 1), 7, GREY)
+        word(0.3, r, str(i), 7, GREY)
         look = dict(fc=face, ec="#5b8fb0" if hatch else "#888888", lw=0.6, ls="-" if there else "--", hatch=hatch)
         ax.add_patch(Rectangle((2.2, r - 0.4), 2.0, 0.8, **look))
         if not there:

@@ -56,7 +56,7 @@ class Stepper {
   constructor(host, buffer, state, css) {
     this.trace = new Trace(buffer);
     this.host = host;
-    this.state = { step: 1, layer: 1, head: 1, cache: true, race: false, text: 1, query: null, pick: null, hover: null, ...state };
+    this.state = { step: 1, layer: 0, head: 0, cache: true, race: false, text: 0, query: null, pick: null, hover: null, ...state };
     this.motion = !quiet.matches;
     this.listeners = [];
     this.build(css);
@@ -84,7 +84,7 @@ class Stepper {
     this.colours = { positive: read("--positive"), negative: read("--negative"), weight: read("--weight") };
   }
 
-  get text() { return this.trace.texts[this.state.text - 1]; }
+  get text() { return this.trace.texts[this.state.text]; }
   get step() { return this.text.steps[this.state.step - 1]; }
   get count() { return this.text.steps.length; }
   get S() { return this.step.P + this.step.T; }
@@ -92,7 +92,7 @@ class Stepper {
   get asker() { return this.state.query ?? this.S - 1; }
 
   name(i) { // of the text's token i, from 0
-    return this.text.tokens.length ? this.trace.names[this.text.tokens[i]] : `x${i + 1}`;
+    return this.text.tokens.length ? this.trace.names[this.text.tokens[i]] : `x${i}`;
   }
 
   close() {
@@ -104,8 +104,8 @@ class Stepper {
   // Change the state, draw, and tell whoever listens.
   set(change, motion = false) {
     const s = this.state, before = s.step;
-    const limits = { step: this.count, layer: this.trace.n_layer, head: this.trace.n_head, text: this.trace.texts.length };
-    for (const [name, limit] of Object.entries(limits)) if (name in change) change[name] = Math.min(Math.max(Math.round(change[name]), 1), limit);
+    const limits = { step: [1, this.count], layer: [0, this.trace.n_layer - 1], head: [0, this.trace.n_head - 1], text: [0, this.trace.texts.length - 1] };
+    for (const [name, [least, most]] of Object.entries(limits)) if (name in change) change[name] = Math.min(Math.max(Math.round(change[name]), least), most);
     const told = Object.keys(change).filter((name) => ["step", "layer", "head", "cache", "race", "text"].includes(name) && s[name] !== change[name]);
     if (told.some((name) => name === "step" || name === "cache" || name === "text")) Object.assign(s, { query: null, pick: null, hover: null });
     Object.assign(s, change);
@@ -124,7 +124,7 @@ class Stepper {
     this.where = make("span.where");
     const modes = [["with", "with the cache"], ["without", "without"]].concat(trace.seconds ? [["race", "race"]] : []);
     this.mode = new Radios("mode", modes, (m) => this.set(m === "race" ? { race: true } : { race: false, cache: m === "with" }), "modes");
-    const numbers = (n) => Array.from({ length: n }, (_, i) => [i + 1, i + 1]);
+    const numbers = (n) => Array.from({ length: n }, (_, i) => [i, i]);
     this.layers = new Radios("layer", numbers(trace.n_layer), (layer) => this.set({ layer }), trace.n_layer > 12 ? "narrow" : "plain");
     this.layerLabel = make("span.label");
     this.texts = new Radios("text of the batch", numbers(trace.texts.length), (text) => this.set({ text }), "plain");
@@ -164,7 +164,7 @@ class Stepper {
     this.slider.setAttribute("aria-valuetext", `step ${s.step} of ${this.count}`);
     this.back.setAttribute("aria-disabled", !s.race && s.step === 1);
     this.forward.setAttribute("aria-disabled", !s.race && s.step === this.count);
-    this.layerLabel.textContent = `layer ${s.layer} of ${this.trace.n_layer}`;
+    this.layerLabel.textContent = `layer ${s.layer} (0–${this.trace.n_layer - 1})`;
     this.mode.show(s.race ? "race" : s.cache ? "with" : "without");
     this.layers.show(s.layer);
     this.texts.show(s.text);
@@ -174,7 +174,7 @@ class Stepper {
     this.why.textContent = s.cache ? step.why : "";
     this.states = this.trace.states(step, s.cache);
     this.shown = this.trace.visible(this.S);
-    this.seen = this.trace.attention(s.text - 1, step.run, s.layer, s.head, this.asker);
+    this.seen = this.trace.attention(s.text, step.run, s.layer, s.head, this.asker);
     for (const kind of REST) this.legend.querySelector(`span.${kind}`).hidden = kind === (s.cache ? "again" : "read");
     this.drawStrip();
     this.rows.draw(moved && this.motion);
@@ -190,7 +190,7 @@ class Stepper {
     const chips = from ? [make("span.more", { title: `${from} earlier tokens` }, `+${from}`)] : [];
     for (let i = from; i < end; i++) {
       const gone = i < step.start;
-      chips.push(this.chip(`state.${gone ? "none.gone" : this.states[i - step.start]}`, this.name(i), i + 1, i - step.start));
+      chips.push(this.chip(`state.${gone ? "none.gone" : this.states[i - step.start]}`, this.name(i), i, i - step.start));
     }
     if (step.taken !== null) chips.push(make("span.arrow", {}, "→"), this.chip("next", this.trace.names[step.taken], "next", null));
     this.strip.style.setProperty("--chip", `${width}px`);
@@ -226,14 +226,14 @@ class Stepper {
   arithmetic(i) {
     const { q, scores, weights, most, sum } = this.seen, { step, trace, state: s } = this, j = this.asker;
     const who = (n) => `“${shownName(this.name(step.start + n))}”`, line = (title, text) => make("div", {}, make("b", {}, title), text);
-    if (i > j) return [make("p", {}, `Token ${i + 1}, ${who(i)}, comes after token ${j + 1}, ${who(j)}: masked, weight 0.`)];
-    const k = trace.row(s.text - 1, step.run, 1, s.layer, s.head, i), v = trace.row(s.text - 1, step.run, 2, s.layer, s.head, i);
+    if (i > j) return [make("p", {}, `Token ${step.start + i}, ${who(i)}, comes after token ${step.start + j}, ${who(j)}: masked, weight 0.`)];
+    const k = trace.row(s.text, step.run, 1, s.layer, s.head, i), v = trace.row(s.text, step.run, 2, s.layer, s.head, i);
     const few = (z, f) => Array.from(z.slice(0, 4), f).join(" + ") + (z.length > 4 ? " + …" : "");
     const signed = (x) => (x < 0 ? `(${short(x)})` : short(x));
     const vector = (z) => `(${Array.from(z.slice(0, 6), (x) => short(x)).join(", ")}${z.length > 6 ? ", …" : ""})`;
     const dot = scores[i] * Math.sqrt(trace.hs), w = weights[i];
     return [
-      make("p", {}, `Token ${j + 1}, ${who(j)}, asks. Token ${i + 1}, ${who(i)}, answers:`),
+      make("p", {}, `Token ${step.start + j}, ${who(j)}, asks. Token ${step.start + i}, ${who(i)}, answers:`),
       line("q · k", `${few(q, (x, c) => `${signed(x)}·${signed(k[c])}`)} = ${short(dot)}`),
       line("÷ √hs", `${short(dot)} / √${trace.hs} = ${short(scores[i])}`),
       line("softmax", `e^(${short(scores[i])} − ${signed(most)}) / ${short(sum)} = ${short(Math.exp(scores[i] - most), 3)} / ${short(sum, 3)} = ${short(w, 3)}`),

@@ -1,3 +1,4 @@
+// Texts, layers, heads, rows and tokens count from 0, steps from 1.
 // The recorded trace, unpacked: rows of q, k and v, and the attention weights that follow from them.
 // payload.py packs what is unpacked here; this file and stepper.js are one module, see payload.front_end.
 
@@ -32,13 +33,13 @@ class Trace {
     }
   }
 
-  // {values, limit}: all rows of q, k or v (which: 0, 1, 2) of a layer from 1, S × C, and the largest absolute value.
+  // {values, limit}: all rows of q, k or v (which: 0, 1, 2) of a layer, S × C, and the largest absolute value.
   slice(t, run, which, layer) {
     const key = [t, run, which, layer].join();
     let found = this.slices.get(key);
     if (!found) {
       const { S, scale, raw } = this.texts[t].data[run], C = this.n_embd;
-      const first = (which * this.n_layer + layer - 1) * S * C, values = new Float32Array(S * C);
+      const first = (which * this.n_layer + layer) * S * C, values = new Float32Array(S * C);
       let limit = 0;
       for (let i = 0; i < S * C; i++) {
         const x = raw[first + i];
@@ -53,7 +54,7 @@ class Trace {
 
   // One row of one head: hs numbers.
   row(t, run, which, layer, head, i) {
-    const start = i * this.n_embd + (head - 1) * this.hs;
+    const start = i * this.n_embd + head * this.hs;
     return this.slice(t, run, which, layer).values.subarray(start, start + this.hs);
   }
 
@@ -63,7 +64,7 @@ class Trace {
     const keys = this.slice(t, run, 1, layer).values, root = Math.sqrt(this.hs);
     let most = -Infinity, sum = 0;
     for (let i = 0; i <= j; i++) {
-      const start = i * this.n_embd + (head - 1) * this.hs;
+      const start = i * this.n_embd + head * this.hs;
       let dot = 0;
       for (let c = 0; c < this.hs; c++) dot += q[c] * keys[start + c];
       scores[i] = dot / root;

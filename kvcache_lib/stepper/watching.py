@@ -251,7 +251,7 @@ def traces(model, idx: Tensor, max_new_tokens: int, *, temperature=1.0, do_sampl
     top: how many of the likeliest next tokens to keep.
     It takes 3 · n_layer · n_embd numbers for each token that was encoded.
     Raises ValueError or TypeError for a model without a cache, for arguments that generate_kv refuses,
-    for a prompt longer than the block, and if what the layers do cannot be shown, see `layer_rows`.
+    for a prompt longer than the block size, and if what the layers do cannot be shown, see `layer_rows`.
     """
     settings = temperature, do_sample, top_k
     with torch.random.fork_rng() if seed is not None else nullcontext():

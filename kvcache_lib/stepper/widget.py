@@ -18,7 +18,7 @@ from IPython.display import Image
 
 from .payload import front_end, pack, page
 from .pictures import View, filmstrip, namer
-from .recording import Trace
+from .recording import Trace, check_counted
 from .watching import is_of_transformers, plainly, traces
 
 # %% ../../nbs/tools/stepper/widget.ipynb #cell-5
@@ -26,7 +26,7 @@ class TraceStepper(anywidget.AnyWidget):
     """A widget that steps through a trace, or through the traces of a batch. ← and → step, Home and End too, space plays.
 
     trace: what `trace`, `trace_layer` or `trace_rows` returned, or the list from `traces`.  vocab: names for the tokens, see `namer`.
-    layer, head, step, text: what to show first; all count from 1.  cache: False shows the work without one.
+    layer, head, text: what to show first; they count from 0.  step: counts from 1.  cache: False shows the work without one.
     rows: the most tokens that get a row.
     `step`, `layer`, `head`, `cache`, `race` and `text`, the row of the batch, can be read and set.
     Raises ValueError if there is no such step, layer, head or text.
@@ -36,12 +36,13 @@ class TraceStepper(anywidget.AnyWidget):
     key = T.Unicode().tag(sync=True)
     data = T.Bytes().tag(sync=True)  # sent when a front end wants it
     wanted = T.Bool(False).tag(sync=True)
-    step, layer, head, text = (T.Int(1).tag(sync=True) for _ in range(4))
+    step = T.Int(1).tag(sync=True)
+    layer, head, text = (T.Int(0).tag(sync=True) for _ in range(3))
     cache, race = T.Bool(True).tag(sync=True), T.Bool(False).tag(sync=True)
     measurable, measuring = T.Bool(False).tag(sync=True), T.Bool(False).tag(sync=True)
     measured = T.List().tag(sync=True)  # seconds of each step, with the cache and without
 
-    def __init__(self, trace, *, vocab=None, layer=1, head=1, step=1, cache=True, rows=16, text=1, **more):
+    def __init__(self, trace, *, vocab=None, layer=0, head=0, step=1, cache=True, rows=16, text=0, **more):
         self.traces = [trace] if isinstance(trace, Trace) else list(trace)
         self._check(step=step, layer=layer, head=head, text=text)
         if rows < 6:
@@ -53,10 +54,8 @@ class TraceStepper(anywidget.AnyWidget):
 
     def _check(self, **wanted) -> None:
         one = self.traces[0]
-        limits = dict(step=len(one.steps), layer=one.n_layer, head=one.n_head, text=len(self.traces))
-        for name, value in wanted.items():
-            if not 1 <= value <= limits[name]:
-                raise ValueError(f"expected {name} from 1 to {limits[name]}, got {value}")
+        limits = dict(step=(1, len(one.steps)), layer=(0, one.n_layer - 1), head=(0, one.n_head - 1), text=(0, len(self.traces) - 1))
+        check_counted(**{name: (value, *limits[name]) for name, value in wanted.items()})
 
     @T.validate("step", "layer", "head", "text")
     def _in_range(self, proposal) -> int:
@@ -76,7 +75,7 @@ class TraceStepper(anywidget.AnyWidget):
     @property
     def trace(self) -> Trace | None:
         "The trace that is shown; None after `close`."
-        return self.traces[self.text - 1] if self.traces else None
+        return self.traces[self.text] if self.traces else None
 
     @property
     def view(self) -> View:
@@ -111,7 +110,7 @@ class CacheStepper(TraceStepper):
     Raises ValueError or TypeError, see `traces` and TraceStepper.
     """
 
-    def __init__(self, model, idx, max_new_tokens, *, vocab=None, layer=1, head=1, step=1, cache=True, rows=16, text=1, **settings):
+    def __init__(self, model, idx, max_new_tokens, *, vocab=None, layer=0, head=0, step=1, cache=True, rows=16, text=0, **settings):
         recorded = traces(model, idx, max_new_tokens, **settings)
         self._generation = model, idx, max_new_tokens
         super().__init__(recorded, vocab=vocab, layer=layer, head=head, step=step, cache=cache, rows=rows, text=text, measurable=True)
