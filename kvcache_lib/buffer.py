@@ -244,7 +244,7 @@ class KVBuffer:
             self.rows = slice(P, end)
             layers: Iterable[Tensor] = self.data[:, :, :, :, :end].unbind(0)
         elif n == 1:  # in place: nothing needs the token that is overwritten
-            row = self._runs(P)[1][0]
+            row = self.sinks + (P - self.sinks) % (self.window or 1)
             self.rows, undo = slice(row, row + 1), self.data[:, :, :, :, row : row + 1].clone()
             layers = self.data.unbind(0)
         else:  # the first of the new tokens still look at what the last of them will overwrite
