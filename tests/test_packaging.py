@@ -153,6 +153,7 @@ def test_the_wheel_holds_the_whole_package_and_the_courses_notebooks(built):
     _, names = metadata(built)
     lib = SETTINGS["lib_path"]
     want = {p.relative_to(ROOT).as_posix() for p in (ROOT / lib).rglob("*") if p.suffix in (".py", ".js", ".css", ".typed")}
+    want |= {p.relative_to(ROOT).as_posix() for p in (ROOT / lib / "text_model").iterdir()}
     want |= {f"{lib}/nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb")}
     assert {n for n in names if ".dist-info/" not in n} == want
 
@@ -160,7 +161,7 @@ def test_the_wheel_holds_the_whole_package_and_the_courses_notebooks(built):
 def test_the_tests_in_the_sdist_can_run(built):
     _, unpacked = built
     for folder in ("tests", "nbs", "docs", SETTINGS["lib_path"]):
-        kinds = (".py", ".ipynb", ".png", ".js", ".css", ".typed")
+        kinds = (".py", ".ipynb", ".png", ".js", ".css", ".typed", ".txt", ".json", ".safetensors")
         here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.*") if p.suffix in kinds}
         here = {p for p in here if ".ipynb_checkpoints" not in p.parts}
         assert {p for p in here if not (unpacked / p).is_file()} == set(), "missing in the sdist"
