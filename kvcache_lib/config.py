@@ -141,6 +141,11 @@ class GPTConfig(Settings):
         "What the cache of such a model holds. For a complete configuration, see `resolved`."
         return CacheSizes(self.n_head, self.n_embd // self.n_head)
 
+    def linear_sizes(self) -> list[tuple[int, int]]:
+        "The linear layers of one block, each (numbers in, numbers out): two of the attention, two of the MLP."
+        C = self.n_embd
+        return [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+
 # %% ../nbs/tools/config.ipynb #bd05f966
 def resolved(config: Any) -> GPTConfig:
     """A complete copy of `config`, checked, with the preset's sizes filled in. `config` itself is left as it was.

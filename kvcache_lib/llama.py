@@ -70,6 +70,10 @@ class LlamaConfig(GPTConfig):
     def cache_sizes(self) -> CacheSizes:
         return CacheSizes(self.n_kv_head, self.head_size, self.window, self.sinks)
 
+    def linear_sizes(self) -> list[tuple[int, int]]:
+        C, H, queries = self.n_embd, self.n_hidden, self.n_head * self.head_size
+        return [(C, queries + 2 * self.n_kv_head * self.head_size), (queries, C), (C, 2 * H), (H, C)]
+
 # %% ../nbs/12_llama.ipynb #cell-4
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention in which each head of k and v serves n_head / n_kv_head heads of q.
