@@ -100,7 +100,8 @@ class KVBuffer:
         self._start(_memory(shape, *_kind(dtype, device)))
 
     def _start(self, data: Tensor) -> None:
-        self.data, self.length, self.rows = data, 0, None
+        self.data, self.length = data, 0
+        self.rows: slice | None = None  # to be written, while it is being extended
         # The tokens that a model wrote, and how many of the first are known. Looking at them must cost no waiting.
         place = data.device if data.device.type == "cpu" else torch.device("meta")
         self._tokens = _memory((data.size(2), data.size(4)), torch.int64, place)
@@ -239,7 +240,8 @@ class KVBuffer:
         """
         P, end = self.length, self.length + check_whole("n", n, least=0)
         self.reserve(end)
-        undo, copies = None, []
+        undo: Tensor | None = None
+        copies: list[Tensor] = []
         if end <= self.capacity:
             self.rows = slice(P, end)
             layers: Iterable[Tensor] = self.data[:, :, :, :, :end].unbind(0)

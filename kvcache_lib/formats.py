@@ -54,7 +54,7 @@ def _llama_layout(c: LlamaConfig) -> dict[str, Part]:
                 parts[f"{theirs}.{name}.bias"] = Part(f"{ours}.attn.c_attn.bias", start, (rows,))
         for name, start in (("gate_proj", 0), ("up_proj", c.n_hidden)):
             parts[f"{theirs}.mlp.{name}.weight"] = Part(f"{ours}.mlp.c_fc.weight", start, (c.n_hidden, C))
-        whole = {"self_attn.o_proj": ("attn.c_proj", (C, queries)), "mlp.down_proj": ("mlp.c_proj", (C, c.n_hidden))}
+        whole: dict[str, tuple[str, tuple[int, ...]]] = {"self_attn.o_proj": ("attn.c_proj", (C, queries)), "mlp.down_proj": ("mlp.c_proj", (C, c.n_hidden))}
         whole |= {"input_layernorm": ("ln_1", (C,)), "post_attention_layernorm": ("ln_2", (C,))}
         if c.qk_norm:
             whole |= {f"self_attn.{z}_norm": (f"attn.{z}_norm", (hs,)) for z in "qk"}
@@ -116,10 +116,10 @@ def config_of(settings: dict) -> GPTConfig:
     if gpt2:
         rates = {name: settings.get(name, 0.1) for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")}
         return resolved(GPTConfig(**found, **rates))
+    found |= {"n_kv_head": settings.get("num_key_value_heads"), "head_size": settings.get("head_dim")}
     return resolved(
         LlamaConfig(
-            **found, n_kv_head=settings.get("num_key_value_heads"), head_size=settings.get("head_dim"),
-            theta=rope["rope_theta"], window=_window(settings, kind), qkv_bias=kind == "qwen2",
+            **found, theta=rope["rope_theta"], window=_window(settings, kind), qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3", tied=settings.get("tie_word_embeddings", False),
         )
     )  # fmt: skip

@@ -19,7 +19,7 @@ from .config import UNSET, CacheSizes, GPTConfig, check_memory, check_number, ch
 from .fast import GPT_fast, linear, normed
 from .rotary import rotate, rotation, sink_attention, visible
 
-# %% ../nbs/12_llama.ipynb #cell-3
+# %% ../nbs/12_llama.ipynb #cell-5
 @dataclass
 class LlamaConfig(GPTConfig):
     """What a decoder of today is built from: GPTConfig's sizes, and what GPT-2 did not have. No dropout.
@@ -74,7 +74,7 @@ class LlamaConfig(GPTConfig):
         C, H, queries = self.n_embd, self.n_hidden, self.n_head * self.head_size
         return [(C, queries + 2 * self.n_kv_head * self.head_size), (queries, C), (C, 2 * H), (H, C)]
 
-# %% ../nbs/12_llama.ipynb #cell-4
+# %% ../nbs/12_llama.ipynb #cell-12
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention in which each head of k and v serves n_head / n_kv_head heads of q.
 
@@ -88,7 +88,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     shared = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=shared)
 
-# %% ../nbs/12_llama.ipynb #cell-5
+# %% ../nbs/12_llama.ipynb #cell-15
 class Place(NamedTuple):
     "Where the T new tokens of a step stand: what all layers share."
 
@@ -137,7 +137,7 @@ class GroupedAttention(nn.Module):
             y = sink_attention(q, turned, k, v, place.mask, self.sinks)
         return linear(y.transpose(1, 2).flatten(2), self.c_proj)
 
-# %% ../nbs/12_llama.ipynb #cell-6
+# %% ../nbs/12_llama.ipynb #cell-17
 class SwiGLU(nn.Module):
     "The MLP, one half of which opens and closes the other: (B, T, C) → (B, T, C). Source: Shazeer, arXiv 2002.05202."
 
@@ -166,7 +166,7 @@ class LlamaBlock(nn.Module):
         x = x + self.attn(normed(x, self.ln_1), place, kv_cache)
         return x + self.mlp(normed(x, self.ln_2))
 
-# %% ../nbs/12_llama.ipynb #cell-7
+# %% ../nbs/12_llama.ipynb #cell-20
 class Llama(GPT_fast):
     """A decoder as it is built today: Llama, Mistral, Qwen2 and Qwen3, by their settings. It is used as GPT_fast is.
 

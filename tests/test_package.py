@@ -11,6 +11,7 @@ import pytest
 MODELS = [
     "files", "measure", "measure.command", "named", "config", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort",
     "measure.timing", "measure.subjects", "benchmark", "cost", "buffer", "fast", "corpus", "text", "kept",
+    "rotary", "llama", "formats", "checkpoint",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """
