@@ -121,13 +121,13 @@ class GroupedAttention(nn.Module):
         x: (B, T, C).  kv_cache: None, or this layer's part of a KVBuffer, (2, B, n_kv_head, S, hs): their rows are
         written. The keys that it holds are rotated.
         """
-        q, k, v = linear(x, self.c_attn).split(self.sizes, dim=2)
-        q = q.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
-        k, v = (z.unflatten(2, (self.n_kv_head, -1)).transpose(1, 2) for z in (k, v))  # (B, nkv, T, hs)
+        nh, nkv = self.n_head, self.n_kv_head
+        qkv = linear(x, self.c_attn).unflatten(2, (nh + 2 * nkv, -1)).transpose(1, 2)  # (B, nh + 2 · nkv, T, hs)
+        qk, v = qkv.split([nh + nkv, nkv], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = normed(q, self.q_norm), normed(k, self.k_norm)
-        turned = None if place.turned is None else rotate(q, *place.turned)
-        q, k = rotate(q, *place.rotation), rotate(k, *place.rotation)
+            qk = torch.cat([normed(qk[:, :nh], self.q_norm), normed(qk[:, nh:], self.k_norm)], dim=1)
+        turned = None if place.turned is None else rotate(qk[:, :nh], *place.turned)
+        q, k = rotate(qk, *place.rotation).split([nh, nkv], dim=1)  # both at once
         if kv_cache is not None:
             kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
             k, v = kv_cache.unbind(0)  # (B, nkv, S, hs)
