@@ -171,7 +171,8 @@ def save(model: GPT, path: str | os.PathLike, tokenizer: Any = None, eos_token: 
             tokenizer.save(str(new / "tokenizer.json"))
             kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
             if eos_token is not None:
-                kind["eos_token"] = tokenizer.id_to_token(eos_token)
+                names = ("bos_token", "eos_token", "unk_token")  # one for all, as in GPT-2; CTranslate2 wants all three
+                kind |= dict.fromkeys(names, tokenizer.id_to_token(eos_token))
             (new / "tokenizer_config.json").write_text(json.dumps(kind) + "\n", encoding="utf-8")
         os.replace(new, path)  # whole, or not at all
     return path
