@@ -11,7 +11,7 @@ NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab exercises test check benchmark ladder notebooks export constraints clean
+.PHONY: help lab exercises test check benchmark ladder textmodel notebooks export constraints clean
 
 help:
 	@echo "make lab          open JupyterLab at the first notebook"
@@ -19,6 +19,7 @@ help:
 	@echo "make test         check the exports, run every notebook and the test suite"
 	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
 	@echo "make ladder       measure the fast GPT beside transformers; rewrites ladder_results.txt"
+	@echo "make textmodel    train the kept model of text again, on the course's prose as it is now"
 	@echo "make notebooks    run all notebooks in place, with their outputs, and clean them"
 	@echo "make export       write kvcache_lib/ from the notebooks"
 	@echo "make constraints  resolve the versions in constraints.txt anew"
@@ -56,6 +57,9 @@ benchmark: $(STAMP)
 
 ladder: $(STAMP)
 	$(BIN)/kvcache-benchmark --ladder
+
+textmodel: $(STAMP)
+	$(BIN)/python -m kvcache_lib.kept
 
 # No progress bars in what is committed: they hold times. Widgets leave pictures, not their random ids.
 notebooks: $(STAMP)

@@ -51,7 +51,7 @@ setup(
     },
     packages=[*find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]), notebooks],
     package_dir={notebooks: cfg["nbs_path"]},
-    package_data={"": ["py.typed", "*.js", "*.css"], notebooks: ["*.ipynb"]},
+    package_data={"": ["py.typed", "*.js", "*.css"], cfg["lib_name"]: ["text_model/*"], notebooks: ["*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={

@@ -10,7 +10,8 @@ import pytest
 
 MODELS = [
     "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort",
-    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "direct", "fast",
+    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "direct", "fast", "corpus", "text", "kept",
+    "rotary", "llama", "formats", "checkpoint",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """
@@ -54,7 +55,7 @@ def test_the_models_are_had_from_the_package(tmp_path):
     code = (
         "import sys, kvcache_lib\n"
         "assert 'torch' not in sys.modules and kvcache_lib.__doc__\n"
-        "from kvcache_lib import GPT, GPT_fast, GPT_kv, GPTConfig, KVBuffer, KVCache, Trainer\n"
+        "from kvcache_lib import GPT, GPT_fast, GPT_kv, GPTConfig, KVBuffer, KVCache, Trainer, stream\n"
         "import kvcache_lib.fast as fast, kvcache_lib.mingpt as mingpt\n"
         "assert fast.KVBuffer is KVBuffer and GPT_fast is fast.GPT_fast and mingpt.Trainer is Trainer\n"
         "assert set(kvcache_lib.__all__) <= set(dir(kvcache_lib))\n"
