@@ -2,7 +2,7 @@
 
 `GPT` is the baseline, to minGPT's interface. `GPT_kv` is the same model with a KV cache, and `GPT_fast` the same with
 fused operations and a cache that is written in place, a `KVBuffer`. They load each other's weights, and generate the
-same text. `stream` shows it as it is written.
+same text. `Llama` is the decoder as it is built today, on the same buffer. `stream` shows a text as it is written.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,20 @@ _HOMES = {
     "KVCache": "gpt",
     "KVBuffer": "buffer",
     "GPT_fast": "fast",
+    "Llama": "llama",
+    "LlamaConfig": "llama",
     "stream": "text",
 }
-__all__ = ["GPT", "GPTConfig", "GPT_fast", "GPT_kv", "KVBuffer", "KVCache", "Trainer", "TrainerConfig", "stream"]
+__all__ = [
+    "GPT", "GPTConfig", "GPT_fast", "GPT_kv", "KVBuffer", "KVCache", "Llama", "LlamaConfig", "Trainer", "TrainerConfig", "stream",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from .buffer import KVBuffer
     from .config import GPTConfig
     from .fast import GPT_fast
     from .gpt import GPT_kv, KVCache
+    from .llama import Llama, LlamaConfig
     from .mingpt import GPT
     from .text import stream
     from .trainer import Trainer, TrainerConfig

@@ -50,12 +50,17 @@ class KVBuffer:
     """The keys and values of a batch of texts, for all layers of a model, in one tensor that is written in place.
 
     data: (n_layer, 2, B, n_head, capacity, head size); the 2 is keys and values.
-    length: the tokens that it holds; what lies beyond is not written yet.
+    length: the tokens that were encoded into it; what lies beyond is not written yet.
+
+    With a window W it keeps the last W tokens, and the first `sinks` ones beside them: sinks + W rows, never more.
+    The rows after the sinks are a ring: token p lies in row sinks + (p − sinks) mod W, where token p − W lay before.
 
     config: the model's, see GPTConfig.  batch_size: B.
     capacity: the tokens that there is room for at first.  limit: those that it may grow to, by doubling.
         Without them: limit is the model's block size, and capacity is limit, so that it never grows.
+        With a window, limit is sinks + window and can't be given, and a larger capacity is cut to it.
     dtype, device: torch's defaults if they are None; `model.new_buffer` takes the model's.
+    window, sinks: the config's if window is None; most models have none.
     Raises TypeError or ValueError if a size is not a whole number ≥ 1, or capacity exceeds limit, for a dtype that
     is not of floating point and for a device that is not there; MemoryError if there is not enough.
     A buffer takes no part in gradients: what is stored is stored without its history. It is for one thread at a time.
@@ -69,19 +74,34 @@ class KVBuffer:
         limit: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        window: int | None = None,
+        sinks: int = 0,
     ):
         config = resolved(config)
-        self.limit = check_whole("limit", config.block_size if limit is None else limit, least=1)
+        sizes = config.cache_sizes()
+        if window is not None:
+            sizes = sizes._replace(
+                window=check_whole("window", window, least=1), sinks=check_whole("sinks", sinks, least=0)
+            )
+        elif sinks:
+            raise ValueError(f"sinks are kept beside a window: expected a window too, got sinks={sinks}")
+        self.window, self.sinks = sizes.window, sizes.sinks
+        if self.window is not None and limit is not None:
+            raise ValueError(f"a window of {self.window} tokens sets the limit: expected none, got {limit}")
+        most = config.block_size if self.window is None else self.sinks + self.window
+        self.limit = check_whole("limit", most if limit is None else limit, least=1)
         capacity = check_whole("capacity", self.limit if capacity is None else capacity, least=1)
         batch_size = check_whole("batch_size", batch_size, least=1)
-        if capacity > self.limit:
+        if self.window is not None:
+            capacity = min(capacity, self.limit)
+        elif capacity > self.limit:
             raise ValueError(f"expected capacity ≤ limit, got {capacity} and {self.limit}")
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, capacity, head_size)
+        shape = (config.n_layer, 2, batch_size, sizes.n_head, capacity, sizes.head_size)
         self._start(_memory(shape, *_kind(dtype, device)))
 
     def _start(self, data: Tensor) -> None:
-        self.data, self.length, self._extending = data, 0, False
+        self.data, self.length = data, 0
+        self.rows: slice | None = None  # to be written, while it is being extended
         # The tokens that a model wrote, and how many of the first are known. Looking at them must cost no waiting.
         place = data.device if data.device.type == "cpu" else torch.device("meta")
         self._tokens = _memory((data.size(2), data.size(4)), torch.int64, place)
@@ -94,8 +114,13 @@ class KVBuffer:
 
     @property
     def capacity(self) -> int:
-        "The tokens that there is room for now."
+        "The rows that there are now, each for one token."
         return self.data.size(4)
+
+    @property
+    def held(self) -> int:
+        "The tokens that it holds now: all that were encoded, unless a window leaves some out."
+        return min(self.length, self.limit)
 
     @property
     def nbytes(self) -> int:
@@ -110,36 +135,54 @@ class KVBuffer:
 
     def __repr__(self) -> str:
         n_layer, _, B, n_head, capacity, hs = self.data.shape
+        ring = "" if self.window is None else f" of {self.length}, window {self.window}, sinks {self.sinks}"
         return (
-            f"KVBuffer({self.length} of {capacity} tokens, limit {self.limit}; {n_layer} layers, batch {B}, "
+            f"KVBuffer({self.held} of {capacity} tokens, limit {self.limit}{ring}; {n_layer} layers, batch {B}, "
             f"{n_head} heads of {hs}; {self.nbytes / 1e6:.1f} MB, {self.data.dtype} on {self.data.device})"
         )
 
     def check_room(self, tokens: int) -> None:
         "Raise ValueError if the buffer may not hold this many tokens, RuntimeError while `extend` is under way."
-        if self._extending:
+        if self.rows is not None:
             raise RuntimeError("this buffer is being extended: wait until that `with` block has ended")
-        if tokens > self.limit:
+        if tokens > self.limit and self.window is None:
             raise ValueError(
                 f"the buffer is full: it holds {self.length} tokens and may hold {self.limit}, not {tokens}"
             )
 
+    def _runs(self, length: int) -> list[tuple[int, int, int]]:
+        "Where the tokens lie that are held once `length` are encoded, in the order of the text: (row, position, tokens), …"
+        if length <= self.limit:
+            return [(0, 0, length)]
+        W, s = self.window or 0, self.sinks
+        oldest = (length - s) % W  # where the next token will go
+        return [(0, 0, s), (s + oldest, length - W, W - oldest), (s, length - oldest, oldest)]
+
+    def _in_order(self, rows: Tensor, dim: int) -> Tensor:
+        "What is held of a tensor's rows, in the order of the text."
+        parts = [rows.narrow(dim, row, n) for row, _, n in self._runs(self.length) if n]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else rows.narrow(dim, 0, 0)
+
     @property
     def text(self) -> Tensor:
-        "Those of its tokens that are known, (B, ≤ length): what a model wrote, on a CPU, up to the first `append`."
-        return self._tokens[:, : self._known]
+        "Those of its tokens that are known, (B, ≤ held): what a model wrote, on a CPU, up to the first `append`."
+        parts = [self._tokens[:, row : row + max(0, min(n, self._known - p))] for row, p, n in self._runs(self.length)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def check_text(self, idx: Tensor, P: int) -> None:
-        "Raise ValueError if the first P tokens of idx, (B, t), are not those that are known."
-        known = min(P, self._known)
-        ours, given = self._tokens.narrow(1, 0, known), idx.narrow(1, 0, known)
-        given = given if given.dtype == torch.int64 else given.long()  # equal wants one dtype
-        if known and not torch.compiler.is_compiling() and not torch.equal(ours, given):
-            row, place = (ours != given).nonzero()[0].tolist()
-            raise ValueError(
-                f"the buffer belongs to another text: at position {place} of row {row} it holds token "
-                f"{ours[row, place]}, and idx has {given[row, place]}"
-            )
+        "Raise ValueError if, of the first P tokens of idx, (B, t), one is not what the buffer knows it to be."
+        for row, start, n in self._runs(P):
+            known = min(n, self._known - start)
+            if known <= 0 or torch.compiler.is_compiling():
+                continue
+            ours, given = self._tokens.narrow(1, row, known), idx.narrow(1, start, known)
+            given = given if given.dtype == torch.int64 else given.long()  # equal wants one dtype
+            if not torch.equal(ours, given):
+                b, place = (ours != given).nonzero()[0].tolist()
+                raise ValueError(
+                    f"the buffer belongs to another text: at position {start + place} of row {b} it holds token "
+                    f"{ours[b, place]}, and idx has {given[b, place]}"
+                )
 
     def remember(self, idx: Tensor, P: int) -> None:
         "Note which tokens the buffer holds now: those of idx, of which all but the first P are new."
@@ -147,16 +190,20 @@ class KVBuffer:
             self._known = 0
             return
         known, t = min(P, self._known), idx.size(1)
-        self._tokens.narrow(1, known, t - known).copy_(idx.narrow(1, known, t - known))
+        for row, start, n in self._runs(t):
+            new = max(start, known) - start  # what lies before it is noted already
+            if new < n:
+                self._tokens.narrow(1, row + new, n - new).copy_(idx.narrow(1, start + new, n - new))
         self._known = t
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all: double the capacity, up to `limit`, and copy what is there.
 
-        Raises TypeError if it is not a whole number, ValueError beyond `limit`; everything is as it was then.
+        Raises TypeError if it is not a whole number, ValueError beyond `limit` unless there is a window; everything
+        is as it was then.
         """
         self.check_room(check_whole("tokens", tokens, least=0))
-        if tokens > self.capacity:
+        if min(tokens, self.limit) > self.capacity:
             larger = self._copy(min(self.limit, max(tokens, 2 * self.capacity)))
             self.data, self._tokens = larger.data, larger._tokens
 
@@ -169,34 +216,70 @@ class KVBuffer:
         device: torch.device | None = None,
     ) -> "KVBuffer":
         "A copy with another capacity, with these rows, of another dtype, on another device."
-        shape, P = list(self.data.shape), self.length
+        shape, held = list(self.data.shape), self.held
         shape[2], shape[4] = shape[2] if rows is None else len(rows), capacity
         other = object.__new__(KVBuffer)
         other._start(_memory(shape, dtype or self.data.dtype, device or self.data.device))
         chosen: Any = slice(None) if rows is None else rows
-        other.data[:, :, :, :, :P] = self.data[:, :, chosen, :, :P].to(other.data)
+        other.data[:, :, :, :, :held] = self.data[:, :, chosen, :, :held].to(other.data)
         if not (self._tokens.is_meta or other._tokens.is_meta):
-            other._tokens[:, : self._known], other._known = self.text[chosen], self._known
-        other.limit, other.length = self.limit, P
+            other._tokens[:, :held], other._known = self._tokens[chosen, :held], self._known
+        other.limit, other.length, other.window, other.sinks = self.limit, self.length, self.window, self.sinks
         return other
 
     @contextmanager
-    def extend(self, n: int) -> Iterator[tuple[Tensor, ...]]:
-        """Append n tokens: `with buffer.extend(n) as layers:`, and write the last n rows of each layer, without gradients.
+    def extend(self, n: int) -> Iterator[Iterable[Tensor]]:
+        """Append n tokens: `with buffer.extend(n) as layers:`, go through the layers, and write their rows `buffer.rows`.
 
-        layers: n_layer views, each (2, B, n_head, length + n, head size).
-        `length` moves when the block ends; after an exception it is what it was.
+        layers: n_layer tensors, each (2, B, n_head, S, head size), S ≥ n: what the n tokens attend to, without gradients.
+        rows: a slice of S. The last n, in the order of the text, except when one token takes another's place in a
+            ring: then that one, and the order is another. Attention over rotated keys does not mind.
+        `length` moves when the block ends; after an exception the buffer is what it was.
         Raises TypeError or ValueError, before anything is written, if n is not a whole number or the buffer is full;
         RuntimeError inside another `extend`.
         """
-        end = self.length + check_whole("n", n, least=0)
+        P, end = self.length, self.length + check_whole("n", n, least=0)
         self.reserve(end)
-        self._extending = True
+        undo: Tensor | None = None
+        copies: list[Tensor] = []
+        if end <= self.capacity:
+            self.rows = slice(P, end)
+            layers: Iterable[Tensor] = self.data[:, :, :, :, :end].unbind(0)
+        elif n == 1:  # in place: nothing needs the token that is overwritten
+            row = self.sinks + (P - self.sinks) % (self.window or 1)
+            self.rows, undo = slice(row, row + 1), self.data[:, :, :, :, row : row + 1].clone()
+            layers = self.data.unbind(0)
+        else:  # the first of the new tokens still look at what the last of them will overwrite
+            self.rows = slice(self.held, self.held + n)
+            layers = self._copied_layers(n, copies)
         try:
-            yield self.data[:, :, :, :, :end].unbind(0)
+            yield layers
+            for layer, copy in zip(self.data, copies):
+                for row, position, count in self._runs(end):
+                    new = min(count, position + count - P)  # of this run's tokens: the last ones
+                    if new > 0:
+                        last = copy.size(3) - end + position + count  # the copy may hold but the last rows
+                        layer[:, :, :, row + count - new : row + count] = copy[:, :, :, last - new : last]
             self.length = end
+            undo = None
         finally:
-            self._extending = False
+            if undo is not None and self.rows is not None:
+                self.data[:, :, :, :, self.rows] = undo
+            self.rows = None
+
+    def _copied_layers(self, n: int, copies: list[Tensor]) -> Iterator[Tensor]:
+        "Layer by layer, a copy of what is held, in order, with n rows more. What of them will be kept stays in `copies`."
+        for layer in self.data:
+            old = self._in_order(layer, dim=3)
+            copies.append(torch.cat([old, old.new_empty(*old.shape[:3], n, old.size(4))], dim=3))
+            yield copies[-1]
+            if self.length >= self.sinks:  # one whole copy at a time is enough
+                copies[-1] = copies[-1][:, :, :, -min(n, self.limit) :].clone()
+
+    def positions(self, n: int) -> Tensor:
+        "Where in the text the rows stand that `extend(n)` shows, n ≠ 1 or the buffer not full: (S,)."
+        runs = [(position, count) for _, position, count in self._runs(self.length) if count]
+        return torch.cat([torch.arange(p, p + count, device=self.data.device) for p, count in [*runs, (self.length, n)]])
 
     @torch.no_grad()
     def append(self, kv: Tensor) -> None:
@@ -213,17 +296,27 @@ class KVBuffer:
                 f"expected keys and values of shape ({', '.join(want)}), {self.data.dtype} on {self.data.device}, "
                 f"got {tuple(kv.shape)}, {kv.dtype} on {kv.device}"
             )
-        with self.extend(kv.size(4)):
-            self.data[:, :, :, :, self.length : self.length + kv.size(4)] = kv
+        with self.extend(kv.size(4)) as layers:
+            for layer, new in zip(layers, kv):
+                layer[:, :, :, self.rows] = new
 
     def crop(self, length: int) -> None:
-        "Forget all but the first `length` tokens. Raises TypeError or ValueError unless 0 ≤ length ≤ self.length."
+        """Forget all but the first `length` tokens.
+
+        Raises TypeError or ValueError unless 0 ≤ length ≤ self.length, and if a window has moved over tokens that
+        would be needed again.
+        """
         length = check_whole("length", length, least=0)
         if length > self.length:
             raise ValueError(
                 f"expected length ≤ {self.length}, the tokens that the buffer holds, got {length}"
             )
         self.check_room(length)
+        if self.length > self.limit and self.sinks < length < self.length:
+            raise ValueError(
+                f"the window has moved on: expected length {self.length}, or ≤ {self.sinks}, got {length}; the tokens "
+                f"before position {self.length - (self.window or 0)} were overwritten. Encode the text again"
+            )
         self.length, self._known = length, min(length, self._known)
 
     def fork(self) -> "KVBuffer":
@@ -260,8 +353,8 @@ class KVBuffer:
         return self._copy(self.capacity, None, kind, place)
 
     def to_lists(self) -> list[list[Tensor]]:
-        "A copy as the exercise's cache: n_layer lists [k, v], both (B, length, C)."
-        held = self.data[:, :, :, :, : self.length]
+        "A copy as the exercise's cache: n_layer lists [k, v], both (B, held, C), in the order of the text."
+        held = self._in_order(self.data, dim=4)
         return [[t.transpose(1, 2).flatten(2).clone() for t in layer] for layer in held]
 
     @classmethod
@@ -284,11 +377,12 @@ class KVBuffer:
             B = first.size(0)
         except (AttributeError, IndexError, TypeError, RuntimeError, KeyError):
             B = 1  # not a cache at all: the next line says what it is
-        cached_tokens(kv_cache, config.n_layer, B, config.n_embd)
+        sizes = config.cache_sizes()
+        cached_tokens(kv_cache, config.n_layer, B, sizes.n_head * sizes.head_size)
         kinds = {(t.dtype, t.device) for layer in kv_cache for t in layer}  # type: ignore[union-attr]
         if len(kinds) > 1:
             raise ValueError(f"expected one dtype and device, got {sorted(map(str, kinds))}")
         kv = torch.stack([torch.stack(list(layer)) for layer in kv_cache])  # type: ignore[arg-type]
         buffer = cls(config, kv.size(2), capacity, limit, kv.dtype, kv.device)  # kv: (n_layer, 2, B, P, C)
-        buffer.append(kv.unflatten(4, (config.n_head, -1)).transpose(3, 4))
+        buffer.append(kv.unflatten(4, (sizes.n_head, -1)).transpose(3, 4))
         return buffer

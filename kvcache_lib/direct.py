@@ -68,10 +68,12 @@ def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
 
 
 def normed(x: Tensor, norm: nn.Module) -> Tensor:
-    "`norm(x)`: a plain nn.LayerNorm is computed directly."
+    "`norm(x)`: a plain nn.LayerNorm is computed directly, and so is a plain nn.RMSNorm."
+    p: Any = norm._parameters
+    if is_plain(norm, nn.RMSNorm):
+        return F.rms_norm(x, norm.normalized_shape, p["weight"], norm.eps)  # type: ignore[arg-type]
     if not is_plain(norm, nn.LayerNorm):
         return norm(x)
-    p: Any = norm._parameters
     return F.layer_norm(x, norm.normalized_shape, p["weight"], p["bias"], norm.eps)  # type: ignore[arg-type]
 
 

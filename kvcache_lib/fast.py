@@ -122,9 +122,9 @@ class GPT_fast(GPT_kv):
     block_class = Block_fast
 
     @cached_property
-    def _sizes(self) -> tuple[int, int, int]:
-        c = self.config
-        return c.n_layer, c.n_head, c.n_embd // c.n_head
+    def _sizes(self) -> tuple:
+        n_head, head_size, *kept = self.config.cache_sizes()
+        return self.config.n_layer, n_head, head_size, *kept
 
     def new_buffer(
         self, batch_size: int = 1, capacity: int | None = None, limit: int | None = None
@@ -139,10 +139,12 @@ class GPT_fast(GPT_kv):
             raise TypeError(f"expected a KVBuffer, got {type(buffer).__name__}")
         w, data = self.weight_like(), buffer.data
         n_layer, _, B, n_head, _, hs = data.shape
-        got = (n_layer, n_head, hs, B, data.dtype, data.device)
+        got = (n_layer, n_head, hs, buffer.window, buffer.sinks, B, data.dtype, data.device)
         want = (*self._sizes, idx.size(0), w.dtype, w.device)
         if got != want:
-            text = "{0} layers, batch {3}, {1} heads of {2}, {4} on {5}"
+            text = "{0} layers, batch {5}, {1} heads of {2}, {6} on {7}"
+            if got[3:5] != want[3:5]:
+                text += ", window {3}, sinks {4}"
             raise ValueError(
                 f"expected a buffer of {text.format(*want)}, got one of {text.format(*got)}"
             )
@@ -154,6 +156,12 @@ class GPT_fast(GPT_kv):
             return super().embed(idx, start)
         positions = wpe._parameters["weight"][start : start + idx.size(1)]  # they lie side by side
         return dropped(self.embed_tokens(idx) + positions, m["drop"])
+
+    def encode(self, x: Tensor, layers: Any, buffer: KVBuffer) -> Tensor:
+        "Through all blocks: (B, T, C) → (B, T, C).  layers: what `buffer.extend(T)` gives."
+        for block, layer in zip(self.transformer.h, layers):
+            x, _ = block(x, layer)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         return linear(normed(x, self.transformer.ln_f), self.lm_head)
@@ -208,8 +216,7 @@ class GPT_fast(GPT_kv):
             x = self.embed(idx[:, P:], start=P)
             buffer.crop(P)
             with buffer.extend(t - P) as layers:
-                for block, layer in zip(self.transformer.h, layers):
-                    x, _ = block(x, layer)
+                x = self.encode(x, layers, buffer)
                 out = self.predict(
                     x[:, -1:] if last_only else x, None if targets is None else targets[:, P:]
                 )

@@ -105,7 +105,7 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlpf(self.ln_2(x))
 
-# %% ../nbs/01_mingpt.ipynb #cell-31
+# %% ../nbs/01_mingpt.ipynb #cell-30
 def next_token(
     logits: Tensor,
     temperature: float = 1.0,
@@ -126,7 +126,7 @@ def next_token(
     logits = logits / max(float(temperature), torch.finfo(logits.dtype).tiny)
     return torch.multinomial(logits.softmax(dim=1), num_samples=1, generator=generator)
 
-# %% ../nbs/01_mingpt.ipynb #cell-35
+# %% ../nbs/01_mingpt.ipynb #cell-36
 class Writer(Plumbing):
     "A model that writes. Where the logits come from is left to its subclasses."
 
@@ -177,7 +177,7 @@ class Writer(Plumbing):
 
         return tokens(idx) if stream else torch.cat([idx, *tokens(idx)], dim=1)
 
-# %% ../nbs/01_mingpt.ipynb #cell-41
+# %% ../nbs/01_mingpt.ipynb #cell-42
 class GPT(Writer):
     """A decoder-only transformer with learned positions, as in GPT-2.
 

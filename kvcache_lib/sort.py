@@ -25,7 +25,7 @@ class SortDataset(Dataset):
 
     split: "train" or "test". A quarter of the inputs, chosen by their hash, is in "test", in every process the same.
     inputs: (N, length), the inputs of this split. An item is `(x, y)`, both (2·length − 1,):
-    x is the input and its sorted digits but the last, y the token that comes next, −1 while x is still the input.
+    x is the input and its sorted digits but the last, y the token that comes next, −1 before the last input digit.
     Raises ValueError for another split, and if there are more than a million inputs.
     """
 

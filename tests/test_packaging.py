@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -22,7 +23,7 @@ HOME = f"https://github.com/{SETTINGS['user']}/{SETTINGS['repo']}"
 
 
 def declared(key) -> set:
-    return {Requirement(r).name.lower() for r in SETTINGS[key].split()}
+    return {canonicalize_name(Requirement(r).name) for r in SETTINGS[key].split()}
 
 
 def imported(path) -> dict:
@@ -42,7 +43,7 @@ def imported(path) -> dict:
 
 
 def test_what_the_modules_import_is_required_and_nothing_else():
-    distribution = {name: found[0].lower() for name, found in packages_distributions().items()}
+    distribution = {name: canonicalize_name(found[0]) for name, found in packages_distributions().items()}
     used, always = set(), set()
     for path in (ROOT / SETTINGS["lib_path"]).rglob("*.py"):
         for name, at_once in imported(path).items():
@@ -67,7 +68,7 @@ def test_no_tested_version_would_replace_a_pytorch_that_is_there():
     assert not [name for name in pinned if name.startswith(("torch", "nvidia-", "cuda-", "triton"))]
     for key in ("requirements", "course_requirements", "dev_requirements", "teach_requirements"):
         for r in map(Requirement, SETTINGS[key].split()):
-            version = r.name == "torch" or re.search(r"==([^ ]+)", pinned[r.name.lower()])[1]
+            version = r.name == "torch" or re.search(r"==([^ ]+)", pinned[canonicalize_name(r.name)])[1]
             assert r.name == "torch" or version in r.specifier, f"{r} is tested with {version}"
     tested = re.search(r"^TORCH \?= torch==(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
     assert tested in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -34,7 +34,8 @@ def group(steps: dict, seconds: float, device: str) -> list:
         peaks = [
             peak_bytes(lambda: first.update({name: step()}), device) for name, step in steps.items()
         ]
-        times = [quartiles(t) for t in interleaved(*steps.values(), seconds=seconds)]
+        rounds = 5 if FLOOR in steps else 3  # a round of whole generations takes a minute
+        times = [quartiles(t) for t in interleaved(*steps.values(), seconds=seconds, min_rounds=rounds)]
     medians = {name: t["median"] for name, t in zip(steps, times)}
     others = {
         "vs_transformers": next((m for name, m in medians.items() if name in (PEER, PEERS[2])), None),
