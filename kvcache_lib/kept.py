@@ -113,7 +113,7 @@ def text_model(model_class: Any = GPT_kv, name: str = "learned", folder: str | P
 # %% ../nbs/tools/kept.ipynb #cell-10
 MODELS: dict[str, Any] = {"learned": GPT_fast}  # the files of weights, and the classes that are trained for them
 CONFIG = GPTConfig(vocab_size=1024, block_size=256, n_layer=4, n_head=4, n_embd=72, embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.0)
-ITERATIONS, BATCH_SIZE, LEARNING_RATE = 700, 8, 6e-3
+ITERATIONS, BATCH_SIZE, LEARNING_RATE = 1000, 8, 6e-3
 
 
 def new_text_model(model_class: Any = GPT_fast, config: Any = None, seed: int = 0) -> Any:
