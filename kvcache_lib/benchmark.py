@@ -18,7 +18,7 @@ import json
 import torch
 
 from .gpt import GPT_kv
-from .measure.subjects import CONTEXTS, MODELS, VOCAB_SIZE, GPT_fused, check_arguments, same_weights
+from .measure.subjects import CONTEXTS, MODELS, GPT_fused, check_arguments, same_weights, some_texts
 from .measure.timing import environment, interleaved, quartiles
 from .mingpt import GPT, best_device, progress_bar
 
@@ -28,15 +28,9 @@ def model_pair(model_type: str, device: str = "cpu", plain_class=GPT, cached_cla
     return same_weights(model_type, device, plain_class, cached_class)
 
 
-def _text(model, T: int):
-    "T tokens, always the same, on the model's device."
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(VOCAB_SIZE, (1, T), generator=generator).to(model.lm_head.weight.device)
-
-
 def whole_step(model, T: int):
     "One step at context T without a cache, as a function that returns the logits of the last position, (1, vocab)."
-    idx = _text(model, T)
+    idx = some_texts(model, 1, T)
 
     @torch.no_grad()
     def step():
@@ -47,7 +41,7 @@ def whole_step(model, T: int):
 
 def step_pair(plain, cached, T: int):
     "`(no_kv, kv)`: one step at context T, as two functions. Each returns the logits of the last position, (1, vocab)."
-    idx = _text(cached, T)
+    idx = some_texts(cached, 1, T)
     with torch.no_grad():
         _, _, kv_cache = cached(idx[:, :-1], kv_cache=[None] * plain.config.n_layer)
 

@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from .fast import GPT_fast
 from .formats import config_of, layout, settings_of
 from .llama import Llama, LlamaConfig
 from .mingpt import GPT
-from .text import encode, whole_characters
+from .text import stream
 
 # %% ../nbs/13_checkpoint.ipynb #cell-9
 class Loaded(NamedTuple):
@@ -261,19 +260,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def write(model: Any, tokenizer: Any, prompt: str, tokens: int, cache: bool, eos_token: int | None, **choice: Any) -> str:
     "Write the prompt and what follows it to standard output, token by token; what was measured, as a text."
-    idx = encode(tokenizer, prompt)
-    generate = model.generate_kv if cache else model.generate
-    new = generate(idx, tokens, eos_token=eos_token, stream=True, **choice)
-    times = [time.perf_counter()]
-
-    def timed() -> Iterator[int]:
-        for token in new:
-            times.append(time.perf_counter())
-            if token.item() != eos_token:
-                yield int(token)
-
+    times: list[float] = []
+    pieces = stream(
+        model, prompt, tokens, tokenizer=tokenizer, cache=cache, eos_token=eos_token,
+        watch=lambda token: times.append(time.perf_counter()), **choice,
+    )  # fmt: skip
+    times.append(time.perf_counter())
     print(prompt, end="", flush=True)
-    for piece in whole_characters(timed(), tokenizer, idx[0].tolist()):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
     n, way = len(times) - 1, "with the cache" if cache else "without a cache"

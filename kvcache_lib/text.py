@@ -189,12 +189,13 @@ def stream(
     cache: bool = True,
     eos_token: int | None = None,
     generator: torch.Generator | None = None,
+    watch: Callable[[int], Any] | None = None,
 ) -> Iterator[str]:
     """What the model writes after the prompt, in pieces, each as soon as it is written. Never half a character.
 
     model: with `generate_kv` and `generate`, such as GPT_kv.  cache: which of the two writes.
     tokenizer: the one that the model was trained with.
-    eos_token: ends the text, and is not shown.  The other arguments are those of `generate_kv`.
+    eos_token: ends the text, and is not shown.  watch: called with each new token, that one too.  The other arguments are those of `generate_kv`.
     A prompt longer than the block size is allowed: as always, the last block_size tokens are seen.
     Raises TypeError or ValueError at once, not at the first piece: see `encode` and `check_generation`.
     """
@@ -209,5 +210,12 @@ def stream(
         idx.to(next(model.parameters()).device), max_new_tokens, temperature, do_sample, top_k,
         eos_token=eos_token, generator=generator, stream=True,
     )  # fmt: skip
-    ids = (int(token) for token in new)
-    return whole_characters((i for i in ids if i != eos_token), tokenizer, idx[0].tolist())
+
+    def shown() -> Iterator[int]:
+        for token in map(int, new):
+            if watch is not None:
+                watch(token)
+            if token != eos_token:
+                yield token
+
+    return whole_characters(shown(), tokenizer, idx[0].tolist())

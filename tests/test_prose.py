@@ -4,13 +4,10 @@ import ast
 import html
 import json
 import re
-from pathlib import Path
 
-import pytest
+from test_notebooks import by_number
+from test_notebooks import text as prose
 
-ROOT = Path(__file__).parents[1]
-NUMBERED = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-by_number = pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
 WORDS, MINUTES, SCREEN = 3500, 45, 40  # a notebook, a sitting, the lines of one output
 
 
@@ -36,10 +33,6 @@ def output_text(output) -> str:
 
 def without_tags(text):
     return re.sub(r"<[^>]+>", " ", text)
-
-
-def prose(path) -> str:
-    return "\n\n".join(cell["source"] for cell in read(path) if cell["cell_type"] == "markdown")
 
 
 @by_number

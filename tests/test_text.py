@@ -246,6 +246,15 @@ def test_the_end_ends_it_and_is_not_shown(model):
     assert "".join(stream(model, "The cache", 30, tokenizer=TOKENIZER, eos_token=end)) == decoded(text[:first])
 
 
+def test_the_end_is_watched_though_it_is_not_shown(model):
+    idx = encode(TOKENIZER, "The cache")
+    text = model.generate(idx, 30)[0, idx.size(1) :].tolist()
+    end = text[len(text) // 2]
+    seen = []
+    list(stream(model, "The cache", 30, tokenizer=TOKENIZER, eos_token=end, watch=seen.append))
+    assert seen == text[: text.index(end) + 1]
+
+
 def test_it_streams():
     "A piece is there before the next token is computed."
     writer, steps = noisy(), []

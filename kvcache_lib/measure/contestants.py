@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..fast import GPT_fast
 from ..gpt import GPT_kv
 from .reading import READERS, fastest_reader, memory_of
-from .subjects import VOCAB_SIZE, same_weights
+from .subjects import same_weights, some_texts
 from ..mingpt import GPT
 
 # %% ../../nbs/tools/measure/contestants.ipynb #cell-4
@@ -103,10 +103,7 @@ class Contestants:
 
     def tokens(self, B: int, T: int):
         "B texts of T tokens, always the same."
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(VOCAB_SIZE, (B, T), generator=generator).to(
-            self.plain.lm_head.weight.device
-        )
+        return some_texts(self.plain, B, T)
 
 # %% ../../nbs/tools/measure/contestants.ipynb #cell-12
 @torch.no_grad()
