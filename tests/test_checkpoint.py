@@ -17,6 +17,7 @@ from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.kept import kept_tokenizer
 from kvcache_lib.llama import Llama, LlamaConfig
 from kvcache_lib.mingpt import GPTConfig
+from kvcache_lib.text import encode
 
 transformers = pytest.importorskip("transformers")
 VOCAB, BLOCK = 61, 40
@@ -262,3 +263,25 @@ def test_the_command_streams_the_same_text_both_ways(tmp_path, capfd):
     for bad, says in ((["", "x"], "expected a folder"), ([str(tmp_path / "m"), ""], "at least one token"), ([str(tmp_path / "m"), "x", "--temperature", "0"], "temperature > 0")):
         assert checkpoint.main(bad) == 2
         assert says in capfd.readouterr().err
+
+
+def test_before_the_first_piece_there_is_one_prefill_and_nothing_else(tmp_path, monkeypatch, capfd):
+    "Counted: every pass through the model, every token that is encoded, every text that is tokenized."
+    tokenizer, prompt = kept_tokenizer(), "A cache holds keys and values."
+    t = len(tokenizer.encode(prompt).ids)
+    torch.manual_seed(0)
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.get_vocab_size(), block_size=64)
+    for model in (Llama(LlamaConfig(**sizes, n_kv_head=1)), GPT_fast(GPTConfig(**sizes))):
+        events = []
+        model.eval().transformer.ln_f.register_forward_hook(lambda module, args, out: events.append(out.size(1)))
+        model.transformer.wte.register_forward_hook(lambda module, args, out: events.append(f"{out.size(1)} encoded"))
+        monkeypatch.setattr("kvcache_lib.text.encode", lambda *args: events.append("tokenized") or encode(*args))
+        monkeypatch.setattr(checkpoint, "print", lambda text="", **more: events.append("shown" if text else "end"), raising=False)
+        says = checkpoint.write(model, tokenizer, prompt, 5, True, None)
+        events = [event for n, event in enumerate(events) if not (event == "shown" and events[n - 1] == "shown")]
+        assert events[:4] == ["tokenized", "shown", f"{t} encoded", 1], "the prompt is shown, encoded once, and only its last logits are made"
+        counted = [event for event in events if event not in ("shown", "end")]
+        assert counted == ["tokenized", f"{t} encoded", 1] + ["1 encoded", 1] * 4
+        assert "5 tokens, the first after" in says
+        assert "of one prefill" in checkpoint.write(model, tokenizer, prompt, 2, True, None, prefill=True)
+        monkeypatch.undo()
