@@ -7,6 +7,7 @@ __all__ = ['FLOATS', 'Loaded', 'checkpoint_folder', 'save', 'load', 'prefill_sec
 
 # %% ../nbs/13_checkpoint.ipynb #cell-2
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -69,7 +70,7 @@ def _line(e: BaseException) -> str:
 def _json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"expected JSON in {path.name}: {_line(e)}") from e
     if not isinstance(found, dict):
         raise ValueError(f"expected settings by name in {path.name}, got {type(found).__name__}")
@@ -84,14 +85,16 @@ def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
+    names, why = ["model.safetensors"], "only safetensors are read, nothing is unpickled"
     if index.is_file():
-        names = sorted({str(name) for name in _json(index).get("weight_map", {}).values()})
-    else:
-        names = ["model.safetensors"]
+        places = _json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"expected a weight_map in {index.name}, tensors by name with the files that hold them")
+        names, why = sorted({str(name) for name in places.values()}), f"{index.name} must name files beside it, and all must be there"
     found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"expected weights in {name}, which is not in {folder}: only safetensors are read, nothing is unpickled")
+            raise ValueError(f"expected weights in {name}, which is not in {folder}: {why}")
         try:
             with safe_open(folder / name, framework="pt") as file:
                 for key in file.keys():
@@ -113,6 +116,8 @@ def _matched(config: GPTConfig, headers: dict, tied: bool) -> dict[str, str]:
 
     Raises ValueError that names missing and surplus tensors, other shapes, and dtypes that are not of floating point.
     """
+    if config.n_layer > len(headers):  # before there is a table of that many
+        raise ValueError(f"the configuration has {config.n_layer:,} layers, and the files hold {len(headers)} tensors")
     parts = layout(config)
     if tied:  # the last layer's weights are the embedding's, and need not be there
         parts.pop("lm_head.weight")
@@ -306,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         choice: dict[str, Any] = dict(do_sample=args.temperature is not None or args.top_k is not None, top_k=args.top_k)
         if args.temperature is not None:
             choice["temperature"] = args.temperature
+        check_whole("seed", args.seed, -(2**63), 2**63 - 1)
         for cache in {"on": (True,), "off": (False,), "both": (True, False)}[args.cache]:
             generator = torch.Generator().manual_seed(args.seed)
             facts = write(model, tokenizer, args.prompt, args.tokens, cache, eos_token, args.prefill, generator=generator, **choice)
@@ -313,6 +319,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, MemoryError) as e:
         print(f"kvcache-generate: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read has seen enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at the end is silent
+        return 0
     except KeyboardInterrupt:
         return 130
     return 0
