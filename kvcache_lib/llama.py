@@ -202,10 +202,7 @@ class Llama(GPT_fast):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+        self.draw_weights()
 
     def embed(self, idx: Tensor, start: int = 0) -> Tensor:
         "Tokens (B, T) → (B, T, C). Where they stand is the attention's business."

@@ -204,11 +204,15 @@ class GPT(Writer):
             )
         )
         self.lm_head = nn.Linear(C, V, bias=False)
+        self.draw_weights()
+        self._share_mask()
+
+    def draw_weights(self) -> None:
+        "Draw all weights at random, as in GPT-2: those that write to the residual stream are smaller the more layers there are."
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-        self._share_mask()
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.n_layer))
 
     @staticmethod
     def get_default_config() -> GPTConfig:
