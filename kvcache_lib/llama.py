@@ -56,7 +56,7 @@ class LlamaConfig(GPTConfig):
         if self.head_size % 2:
             raise ValueError(f"rotary positions turn pairs of numbers: expected an even head_size, got {self.head_size}")
         for name in ("theta", "eps"):
-            if not check_number(name, getattr(self, name)) > 0:
+            if not 0 < check_number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
         check_whole("sinks", self.sinks, least=0)
         if self.window is None:
@@ -131,6 +131,13 @@ class GroupedAttention(nn.Module):
         if kv_cache is not None:
             kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
             k, v = kv_cache.unbind(0)  # (B, nkv, S, hs)
+        return self.attend(q, turned, k, v, place)
+
+    def attend(self, q: Tensor, turned: Tensor | None, k: Tensor, v: Tensor, place: Place) -> Tensor:
+        """What the tokens take from those they see: (B, T, C).
+
+        q: (B, n_head, T, hs).  turned: the same as the sinks see it, or None.  k, v: (B, n_kv_head, S, hs).
+        """
         if turned is None:
             y = grouped_attention(q, k, v, place.mask)
         else:
@@ -195,10 +202,7 @@ class Llama(GPT_fast):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+        self.draw_weights()
 
     def embed(self, idx: Tensor, start: int = 0) -> Tensor:
         "Tokens (B, T) → (B, T, C). Where they stand is the attention's business."
