@@ -131,6 +131,13 @@ class GroupedAttention(nn.Module):
         if kv_cache is not None:
             kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
             k, v = kv_cache.unbind(0)  # (B, nkv, S, hs)
+        return self.attend(q, turned, k, v, place)
+
+    def attend(self, q: Tensor, turned: Tensor | None, k: Tensor, v: Tensor, place: Place) -> Tensor:
+        """What the tokens take from those they see: (B, T, C).
+
+        q: (B, n_head, T, hs).  turned: the same as the sinks see it, or None.  k, v: (B, n_kv_head, S, hs).
+        """
         if turned is None:
             y = grouped_attention(q, k, v, place.mask)
         else:
