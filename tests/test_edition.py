@@ -131,7 +131,7 @@ def test_no_line_of_a_solution_is_in_it(blank, exercise):
     baseline = "\n".join(sources(course_notebook("01_mingpt")))  # a line that the solution shares with it gives nothing away
     # Nor does the head of a loop or a branch, or a return of one name: the decoders beyond the course have such lines too.
     lines = [line for line in body_lines(exercise) if line not in baseline and len(line) > 12 and not line.endswith(":")]
-    assert len(lines) >= 3
+    assert len(lines) >= 2
     assert [line for line in lines if line in given] == []
 
 
