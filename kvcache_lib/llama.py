@@ -57,7 +57,7 @@ class LlamaConfig(GPTConfig):
         if self.head_size % 2:
             raise ValueError(f"rotary positions turn pairs of numbers: expected an even head_size, got {self.head_size}")
         for name in ("theta", "eps"):
-            if not check_number(name, getattr(self, name)) > 0:
+            if not 0 < check_number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
         check_whole("sinks", self.sinks, least=0)
         if self.window is None:

@@ -299,7 +299,7 @@ class GPT(Writer):
     def from_pretrained(cls, name: str) -> "GPT":
         """A model with the weights of a GPT-2: "gpt2" and its like, or a folder in transformers' format.
 
-        It takes the package transformers, and downloads what is missing. For its errors see `gpt2_weights`.
+        What is missing is downloaded. For its errors see `gpt2_weights`.
         """
         config, state = gpt2_weights(name)
         model = cls(config)
