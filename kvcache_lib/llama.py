@@ -214,6 +214,7 @@ class Llama(GPT_fast):
     def place(self, T: int, buffer: KVBuffer | Packed | None) -> Place:
         "Where the T tokens stand that follow those in the buffer, or in those of packed texts, and what they see."
         c, w = self.config, self.weight_like()
+        texts: Any  # (P, n, cache) of each
         if buffer is None or isinstance(buffer, KVBuffer):
             P = 0 if buffer is None else buffer.length
             at, texts = torch.arange(P, P + T, device=w.device), [(P, T, buffer)]
