@@ -45,6 +45,10 @@ class Pages:
         "How many pages nobody holds."
         return len(self._free)
 
+    def new_text(self) -> "PageTable":
+        "The table of an empty text."
+        return PageTable(self)
+
     def take(self, n: int) -> list[int]:
         "The numbers of n free pages, each with one user now. Raises PoolFull if there are fewer."
         if n > len(self._free) and self.reclaim is not None:
@@ -76,18 +80,18 @@ class Pages:
 class PageTable:
     """Where the tokens of one text lie.
 
-    pages: the Pages that they lie in.
+    pool: the Pages that they lie in.
     table: the numbers of the pages that hold the text, in its order.  length: its tokens.
     """
 
-    def __init__(self, pages: Pages):
-        self.pages = pages
+    def __init__(self, pool: Pages):
+        self.pool = pool
         self.table: list[int] = []
         self.length = 0
 
     def place(self, position: int) -> tuple[int, int]:
         "Where the token at a position lies: (the number of its page, the row in that page). Both count from 0."
-        n, row = divmod(position, self.pages.page_size)
+        n, row = divmod(position, self.pool.page_size)
         return self.table[n], row
 
     def append(self, n: int) -> tuple[int, int] | None:
@@ -97,32 +101,32 @@ class PageTable:
         in the table, and (old page, new page) is returned, so that its rows are copied. Else None.
         Raises PoolFull if there are too few free pages; nothing has changed then.
         """
-        pages, end = self.pages, self.length + n
-        last = self.length // pages.page_size  # where in the table the first new token goes
-        shared = n > 0 and last < len(self.table) and pages.users[self.table[last]] > 1
-        missing = -(-end // pages.page_size) - len(self.table)
-        new = pages.take(missing + shared)
+        pool, end = self.pool, self.length + n
+        last = self.length // pool.page_size  # where in the table the first new token goes
+        shared = n > 0 and last < len(self.table) and pool.users[self.table[last]] > 1
+        missing = -(-end // pool.page_size) - len(self.table)
+        new = pool.take(missing + shared)
         copied = None
         if shared:
             copied = self.table[last], new.pop()
             self.table[last] = copied[1]
-            pages.release(copied[0])
+            pool.release(copied[0])
         self.table += new
         self.length = end
         return copied
 
     def fork(self) -> "PageTable":
         "Another text that begins as this one does, in the same pages."
-        other = PageTable(self.pages)
+        other = PageTable(self.pool)
         other.table, other.length = list(self.table), self.length
         for page in self.table:
-            self.pages.share(page)
+            self.pool.share(page)
         return other
 
     def free(self) -> None:
         "Hold no page any more. The text is empty then."
         for page in self.table:
-            self.pages.release(page)
+            self.pool.release(page)
         self.table, self.length = [], 0
 
 # %% ../nbs/15_paged.ipynb #cell-5
@@ -219,17 +223,13 @@ class PagedText(PageTable):
     table: the numbers of its pages.  length: the tokens that were encoded into it.
     """
 
-    pages: PagePool
+    pool: PagePool
 
     def __init__(self, pool: PagePool):
         super().__init__(pool)
         self._extending = False
         self._indexed: list[int] = []  # the table that `_index` was made for
         self._index = torch.empty(0, dtype=torch.int64, device=pool.data.device)
-
-    @property
-    def pool(self) -> PagePool:
-        return self.pages
 
     def __len__(self) -> int:
         return self.length

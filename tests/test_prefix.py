@@ -5,7 +5,7 @@ import torch
 from test_paged import EXACT, extend, new_pool, read, state
 
 from kvcache_lib.paged import Pages, PoolFull
-from kvcache_lib.prefix import PrefixCache, page_hashes
+from kvcache_lib.prefix import PrefixCache, KnownPage, page_key
 
 
 def encoded(cache, tokens):
@@ -107,9 +107,9 @@ def test_a_page_in_use_is_never_evicted():
     before = state(pool)
     with pytest.raises(PoolFull):
         extend(pool.new_text(), list(range(8)))
-    assert (state(pool), len(cache), cache.evictable, cache.clear()) == (before, 2, 0, 0)
+    assert (state(pool), len(cache), cache.unused, cache.clear()) == (before, 2, 0, 0)
     text.free()
-    assert cache.evictable == 2
+    assert cache.unused == 2
     again = cache.lookup(list(range(9)))
     with pytest.raises(PoolFull):  # what was looked up is in use again
         extend(pool.new_text(), list(range(12)))
@@ -146,15 +146,15 @@ def test_random_texts_hold_what_a_plain_search_finds():
         if draw(2):
             running.pop(draw(len(running))).free()
         held = [page for z in running for page in z.table]
-        known = [z.page for z in cache._used]
+        known = [z.page for z in cache.used]
         assert len(set(known)) == len(known) and all(pool.users[p] == held.count(p) + known.count(p) for p in range(12))
-        assert sum(len(z) for z in cache._found.values()) == len(cache)
-        assert all(z.before is None or z.before in cache._used for z in cache._used), "nobody is evicted before those that follow"
+        assert sum(len(z) for z in cache.found.values()) == len(cache)
+        assert all(z.before is None or z.before in cache.used for z in cache.used), "nobody is evicted before those that follow"
     assert hits > 50
     for text in running:
         text.free()
     cache.clear()
-    assert (pool.free_pages, len(cache), cache._found) == (12, 0, {})
+    assert (pool.free_pages, len(cache), cache.found) == (12, 0, {})
 
 
 def iter_common(a, b):
@@ -164,15 +164,24 @@ def iter_common(a, b):
         yield x
 
 
-def test_the_numbers_depend_on_what_lies_before():
-    a, b = page_hashes([1, 2, 3, 4, 5], 2), page_hashes([9, 2, 3, 4], 2)
-    assert len(a) == 2 and a[1] != b[1] and a == page_hashes([1, 2, 3, 4], 2)
+def test_the_key_depends_on_what_lies_before():
+    first = [KnownPage(n, own, None, page_key(None, own)) for n, own in enumerate([(1, 2), (9, 2)])]
+    assert page_key(first[0], (3, 4)) != page_key(first[1], (3, 4)) != page_key(None, (3, 4))
+    assert page_key(first[0], (3, 4)) == page_key(KnownPage(7, (1, 2), None, page_key(None, (1, 2))), (3, 4))
+
+
+def test_plain_numbers_without_a_tensor():
+    pages = Pages(6, page_size=2)
+    cache, table = PrefixCache(pages), pages.new_text()
+    table.append(5)
+    assert cache.insert(table, [1, 2, 3, 4, 5]) == 2
+    assert cache.lookup([1, 2, 3, 4, 6]).table == table.table[:2]
 
 
 @pytest.mark.parametrize(
     "act, error, message",
     [
-        (lambda cache, text: PrefixCache(Pages(4)), TypeError, "expected a PagePool, got Pages"),
+        (lambda cache, text: PrefixCache([4]), TypeError, "expected a PagePool, got list"),
         (lambda cache, text: PrefixCache(cache.pool), ValueError, "has a cache of prefixes already"),
         (lambda cache, text: cache.insert(new_pool().new_text(), []), ValueError, "another pool"),
         (lambda cache, text: cache.insert([], []), TypeError, "expected a PagedText, got list"),
