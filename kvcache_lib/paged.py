@@ -255,6 +255,19 @@ class PagedText(PageTable):
         if tokens > self.pool.limit:
             raise ValueError(f"the text is full: it holds {self.length} tokens and may hold {self.pool.limit}, not {tokens}")
 
+    def check_model(self, model: Any) -> None:
+        "Raise ValueError unless the pool is one for this model: its sizes, its dtype, its device."
+        w, data = model.weight_like(), self.pool.data
+        n_layer, _, _, n_head, head_size = data.shape
+        sizes = model.config.cache_sizes()
+        got = (n_layer, n_head, head_size, data.dtype, data.device)
+        want = (model.config.n_layer, sizes.n_head, sizes.head_size, w.dtype, w.device)
+        if sizes.window is not None:
+            raise ValueError(f"expected a model without a window for a text in pages, got one of {sizes.window} tokens")
+        if got != want:
+            text = "{0} layers, {1} heads of {2}, {3} on {4}"
+            raise ValueError(f"expected a pool of {text.format(*want)}, got one of {text.format(*got)}")
+
     @contextmanager
     def extend(self, n: int) -> Iterator[Sequence[PagedLayer]]:
         """Append n tokens: `with text.extend(n) as layers:`, and have each layer `write` theirs.
