@@ -53,6 +53,7 @@ EXERCISES = (
     Exercise(4, "11_positions", {"ring_attention": "ring.check_ring"}, points=3, minutes=20, exports="rotary"),
     Exercise(5, "12_llama", {"GroupedAttention_kv.forward": "grouped.check_grouped"}, points=3, minutes=20),
     Exercise(None, "13_checkpoint", {"layer_weights": "stored.check_layer_weights"}, points=1, minutes=10),
+    Exercise(None, "14_ragged", {"left_padded": "padding.check_left_padded"}, points=1, minutes=10),
 )
 COURSE = tuple(exercise for exercise in EXERCISES if not exercise.extra)
 PACKAGE = "my_kvcache"  # the learner's own
