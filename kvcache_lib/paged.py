@@ -16,7 +16,7 @@ from torch import Tensor
 from .buffer import _kind, _memory
 from .config import check_whole, resolved
 
-# %% ../nbs/15_paged.ipynb #cell-3
+# %% ../nbs/15_paged.ipynb #cell-15
 class PoolFull(RuntimeError):
     "There are fewer free pages than were asked for. Nothing has changed."
 
@@ -76,7 +76,7 @@ class Pages:
         if not self.users[page]:
             raise ValueError(f"page {page} is free: nobody holds it")
 
-# %% ../nbs/15_paged.ipynb #cell-4
+# %% ../nbs/15_paged.ipynb #cell-20
 class PageTable:
     """Where the tokens of one text lie.
 
@@ -129,7 +129,7 @@ class PageTable:
             self.pool.release(page)
         self.table, self.length = [], 0
 
-# %% ../nbs/15_paged.ipynb #cell-5
+# %% ../nbs/15_paged.ipynb #cell-29
 class PagePool(Pages):
     """Pages of keys and values, for all layers of a model, in one tensor that all texts share.
 
@@ -197,7 +197,7 @@ class PagePool(Pages):
         B, S = (1, rows.size(0)) if rows.ndim == 1 else rows.shape
         return self.data[layer].index_select(1, rows.flatten()).unflatten(1, (B, S)).transpose(2, 3)
 
-# %% ../nbs/15_paged.ipynb #cell-6
+# %% ../nbs/15_paged.ipynb #cell-32
 class PagedLayer:
     "One layer of a text that is being extended."
 
