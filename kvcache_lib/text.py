@@ -150,7 +150,7 @@ def train_text_model(
     model.eval()
     return losses
 
-# %% ../nbs/10_text.ipynb #cell-44
+# %% ../nbs/10_text.ipynb #cell-43
 UNFINISHED = "\ufffd"  # what `decode` puts where bytes make no character, or not yet
 
 
@@ -176,7 +176,7 @@ def whole_characters(
                 start, stop = stop, len(ids)
                 shown = tokenizer.decode(ids[start:], skip_special_tokens=False)
 
-# %% ../nbs/10_text.ipynb #cell-52
+# %% ../nbs/10_text.ipynb #cell-51
 def stream(
     model: Any,
     prompt: str,

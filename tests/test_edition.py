@@ -19,12 +19,12 @@ from kvcache_lib.classroom import check_exports, export
 from kvcache_lib.classroom import edition as editions
 from kvcache_lib.classroom.blanks import export_cells, stuck_cell
 from kvcache_lib.classroom.edition import main, make_edition
-from kvcache_lib.classroom.exercises import EXERCISES, NOTEBOOKS, PACKAGE
+from kvcache_lib.classroom.exercises import COURSE, EXERCISES, NOTEBOOKS, PACKAGE
 from kvcache_lib.classroom.handing import NotExported, definitions
 from kvcache_lib.classroom.notebooks import (
-    class_cell, course_notebook, exported_source, find_class, is_exported, read_notebook, write_notebook,
+    course_notebook, definition_cells, exported_source, find_definition, is_exported, read_notebook, write_notebook,
 )
-from kvcache_lib.classroom.solutions import TAKEN, for_learner, solve
+from kvcache_lib.classroom.solutions import TAKEN, for_learner, solution_source, solve
 
 ROOT = Path(__file__).parents[1]
 BY_NUMBER = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.notebook)
@@ -63,14 +63,14 @@ def sources(nb):
 
 def solution(exercise):
     nb = course_notebook(exercise.notebook)
-    return nb["cells"][class_cell(nb, exercise)]["source"]
+    return nb["cells"][definition_cells(nb, exercise)[0]]["source"]
 
 
 def write(folder, exercise, source):
     "Put `source` into the cell of an exercise."
     path = folder / f"{exercise.notebook}.ipynb"
     nb = read_notebook(path)
-    nb["cells"][class_cell(nb, exercise)]["source"] = source
+    nb["cells"][definition_cells(nb, exercise)[0]]["source"] = source
     write_notebook(path, nb)
 
 
@@ -86,10 +86,10 @@ def shorten(folder):
 def body_lines(exercise):
     "The lines of the solution's code: no signatures, no docstrings."
     source = solution(exercise)
-    for node in find_class(source, exercise.cls).body:
-        if getattr(node, "name", None) in exercise.checks:
-            for line in source.split("\n")[node.body[1].lineno - 1 : node.end_lineno]:
-                yield line.strip()
+    for name in exercise.checks:
+        node = find_definition(source, name)
+        for line in source.split("\n")[node.body[1].lineno - 1 : node.end_lineno]:
+            yield line.strip()
 
 
 # --- what is in it
@@ -97,7 +97,8 @@ def body_lines(exercise):
 
 def test_it_is_a_project_with_all_notebooks(blank):
     assert sorted(p.stem for p in blank.glob("*.ipynb")) == sorted(NOTEBOOKS)
-    assert {p.name for p in (blank / PACKAGE).iterdir()} == {"__init__.py", "attention.py", "block.py", "gpt.py"}
+    assert {p.name for p in (blank / PACKAGE).iterdir()} == {"__init__.py", *(f"{e.module}.py" for e in EXERCISES)}
+    assert {"00_named_tensors", "06_benchmark", "10_text"} <= set(NOTEBOOKS)
     settings = (blank / "settings.ini").read_text()
     assert f"made_by = kvcache_lib {kvcache_lib.__version__}" in settings and f"lib_name = {PACKAGE}" in settings
     for exercise in EXERCISES:
@@ -107,18 +108,20 @@ def test_it_is_a_project_with_all_notebooks(blank):
 
 @BY_NUMBER
 def test_signature_and_docstring_stay_and_the_body_is_blank(blank, exercise):
-    theirs = find_class((blank / PACKAGE / f"{exercise.module}.py").read_text(), exercise.cls)
-    ours = find_class(solution(exercise), exercise.cls)
-    assert [ast.dump(a) for a in theirs.bases] == [ast.dump(a) for a in ours.bases]
-    for a, b in zip(theirs.body, ours.body, strict=True):
-        if isinstance(b, ast.FunctionDef):
-            assert (ast.dump(a.args), [ast.dump(d) for d in a.decorator_list]) == (ast.dump(b.args), [ast.dump(d) for d in b.decorator_list])
-            assert ast.get_docstring(a) == ast.get_docstring(b)
-            assert [ast.unparse(node) for node in a.body[1:]] == [
-                f"raise NotImplementedError('Exercise {exercise.number}: write {exercise.cls}.{a.name}')"
-            ]
-        else:
-            assert ast.dump(a) == ast.dump(b)
+    "The given module is the solution's, but for the bodies of what is to be written."
+    blanked, whole = (ast.parse(text) for text in ((blank / PACKAGE / f"{exercise.module}.py").read_text(), solution_source(exercise)))
+    homes = {name: find_definition(ast.unparse(whole), name) for name in exercise.checks}
+    for name, home in homes.items():
+        assert ast.get_docstring(home)
+        for tree in (blanked, whole):
+            body = tree.body
+            for part in name.split("."):
+                node = next(n for n in reversed(body) if getattr(n, "name", None) == part)
+                body = node.body
+            todo = f"raise NotImplementedError('Exercise {exercise.key}: write {name}')"
+            assert ([ast.unparse(n) for n in body[1:]] == [todo]) == (tree is blanked)
+            del body[1:]
+    assert ast.dump(blanked) == ast.dump(whole)
 
 
 @BY_NUMBER
@@ -134,7 +137,7 @@ def test_no_line_of_a_solution_is_in_it(blank, exercise):
 @BY_NUMBER
 def test_outputs_are_cleared_from_the_exercise_on(blank, exercise):
     nb = read_notebook(blank / f"{exercise.notebook}.ipynb")
-    at = class_cell(nb, exercise)
+    at = definition_cells(nb, exercise)[0]
     code = [[cell for cell in cells if cell["cell_type"] == "code"] for cells in (nb["cells"][:at], nb["cells"][at:])]
     assert any(cell["outputs"] for cell in code[0])
     assert len(code[1]) > 3 and not any(cell["outputs"] or cell["execution_count"] for cell in code[1])
@@ -149,7 +152,7 @@ def test_later_notebooks_hold_no_outputs_and_use_the_learners_code(blank):
 
 
 def test_nothing_imports_the_solutions(blank):
-    solved = {f"kvcache_lib.{exercise.module}" for exercise in EXERCISES}
+    solved = {f"kvcache_lib.{exercise.module}" for exercise in COURSE}
     for path in blank.glob("*.ipynb"):
         for source in sources(read_notebook(path)):
             assert not [name for name in solved if re.search(rf"{name}\b", source)], (path.name, source)
@@ -355,7 +358,7 @@ def test_nbdev_test_stops_at_the_first_exercise_that_is_not_solved(edition):
     assert failed == stems[:1] and "Exercise 1" in said
 
     for exercise in EXERCISES:
-        solve(exercise.number, edition)
+        solve(exercise.key, edition)
     said, failed = nbdev_test(edition, *stems)
     assert failed == [], said
 
@@ -367,7 +370,7 @@ def test_a_change_that_was_not_exported_is_named(edition, monkeypatch):
     check_exports("block", "gpt")
     with pytest.raises(NotExported, match=r"02_attention\.ipynb has changed since it was exported to .*attention\.py"):
         check_exports("attention")
-    with pytest.raises(ValueError, match="expected one of the classes"):
+    with pytest.raises(ValueError, match="expected one of the classes and functions"):
         export(Path)
 
 
@@ -437,7 +440,7 @@ def test_nbgrader_metadata(blank):
         for meta, cell in found:
             assert meta["schema_version"] == 3 and meta["cell_type"] == cell["cell_type"] == "code"
             assert meta["locked"] and not meta["solution"] and not meta["task"]
-            calls = [c for e in EXERCISES for c in e.checks.values() if f"{c}({e.cls})" in cell["source"]]
+            calls = [c for e in EXERCISES for n, c in e.checks.items() if f"{c.rpartition('.')[2]}({n.partition('.')[0]})" in cell["source"]]
             assert meta["grade"] == ("points" in meta) == (len(calls) == 1)
             points += meta.get("points", 0)
     assert points == sum(exercise.points * len(exercise.checks) for exercise in EXERCISES)
@@ -472,14 +475,14 @@ def test_nbgrader_takes_it_as_it_is(blank, tmp_path):
     for learner in ("ada", "cleo"):
         shutil.copytree(released, tmp_path / "submitted" / learner / "kvcache")
     for exercise in EXERCISES:
-        solve(exercise.number, tmp_path / "submitted" / "ada" / "kvcache")
+        solve(exercise.key, tmp_path / "submitted" / "ada" / "kvcache")
     path = tmp_path / "submitted" / "cleo" / "kvcache" / "02_attention.ipynb"
     path.write_text(path.read_text().replace("check_attention(CausalSelfAttention_kv)", "print('pass')"))
     nbgrader("autograde", "kvcache")
     nbgrader("export")
     rows = [line.split(",") for line in (tmp_path / "grades.csv").read_text().splitlines()]
     student, score = rows[0].index("student_id"), rows[0].index("score")
-    assert {row[student]: float(row[score]) for row in rows[1:]} == {"ada": 8.0, "cleo": 0.0}
+    assert {row[student]: float(row[score]) for row in rows[1:]} == {"ada": float(sum(e.points * len(e.checks) for e in EXERCISES)), "cleo": 0.0}
 
 
 # --- installed from a wheel

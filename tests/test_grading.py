@@ -17,9 +17,9 @@ import torch
 
 from kvcache_lib.classroom import grading, sandbox
 from kvcache_lib.classroom.edition import make_edition
-from kvcache_lib.classroom.exercises import EXERCISES
+from kvcache_lib.classroom.exercises import COURSE, EXERCISES
 from kvcache_lib.classroom.grading import ALIKE, Course, grade_class, main, pairs_alike
-from kvcache_lib.classroom.notebooks import class_cell, course_notebook, read_notebook, write_notebook
+from kvcache_lib.classroom.notebooks import course_notebook, definition_cells, read_notebook, write_notebook
 from kvcache_lib.classroom.report import COLUMNS, as_csv, as_html, table
 from kvcache_lib.classroom.results import Grade, NotWritten, Results
 from kvcache_lib.classroom.review import fingerprint, likeness, reaches_for, written
@@ -43,11 +43,11 @@ def blank(tmp_path_factory):
 def write(folder, exercise, old="", new=""):
     "Write the solution of an exercise into a submission, with `new` in place of `old`, as a learner would."
     nb = course_notebook(exercise.notebook)
-    source = for_learner(nb["cells"][class_cell(nb, exercise)]["source"])
+    source = for_learner(nb["cells"][definition_cells(nb, exercise)[0]]["source"])
     assert old in source
     path = folder / f"{exercise.notebook}.ipynb"
     nb = read_notebook(path)
-    nb["cells"][class_cell(nb, exercise)]["source"] = source.replace(old, new)
+    nb["cells"][definition_cells(nb, exercise)[0]]["source"] = source.replace(old, new)
     write_notebook(path, nb)
 
 
@@ -65,11 +65,12 @@ def test_a_class(blank, tmp_path, capsys, monkeypatch):
     for learner in ("right", "mistaken", "untested", "syntax"):
         shutil.copytree(blank, folder / learner)
     (folder / "empty").mkdir()
-    for exercise in EXERCISES:
+    for exercise in COURSE:
         write(folder / "right", exercise)
     write(folder / "mistaken", ATTENTION, "P:S, :S]", ":T, :S]")
     write(folder / "mistaken", EXERCISES[1])
     solve(3, folder / "mistaken")
+    solve("10_text", folder / "mistaken")
     write(folder / "syntax", ATTENTION, "self.project(x)", "self.project(x")
     nb = read_notebook(folder / "untested" / "02_attention.ipynb")
     kept = [cell for cell in nb["cells"] if "check_attention" not in cell["source"]]
@@ -93,7 +94,7 @@ def test_a_class(blank, tmp_path, capsys, monkeypatch):
     said = {key: row["result"] for key, row in rows.items()}
     assert [rows["right", n]["status"] for n in (1, 2, 3)] == ["look", "pass", "look"]
     assert "is like the solution, 100%" in said["right", 1]
-    assert all(said["empty", e.number] == f"{e.notebook}.ipynb is missing" for e in EXERCISES)
+    assert all(said["empty", e.key] == f"{e.notebook}.ipynb is missing" for e in EXERCISES)
     assert "SyntaxError" in said["syntax", 1] and "self.project(x" in said["syntax", 1]
     assert "mask" in said["mistaken", 1] and rows["mistaken", 1]["status"] == "fail"
     assert said["mistaken", 2] == "pass (on the course's exercise 1)"
@@ -103,7 +104,11 @@ def test_a_class(blank, tmp_path, capsys, monkeypatch):
     assert "bubblewrap" in out and "03_block.ipynb: lies beside" in out
     assert files(folder) == before, "a submission was changed"
     page = (tmp_path / "class-grades" / "grades.html").read_text()
-    assert "solution taken" in page and (tmp_path / "class-grades" / "grades.csv").read_text().count("\n") == count + 1
+    assert "solution taken" in page and "Beyond the course, and not counted: 1." in page
+    # beyond the course only what was worked on has a row, whatever was handed in
+    assert said["mistaken", "10_text"] == "solution taken" and "10_text, extra" in out
+    assert {row["status"] for (learner, _), row in rows.items() if row["extra"]} == {"left", "taken"} and out.count("extra") == 1
+    assert (tmp_path / "class-grades" / "grades.csv").read_text().count("\n") == 1 + 5 * len(COURSE) + 1
 
     # again: nothing is worked out twice; what was handed in anew is
     monkeypatch.setattr(Worker, "check", lambda *args: pytest.fail("a result was there already"))
@@ -113,16 +118,16 @@ def test_a_class(blank, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Worker, "read", lambda self, found: read_files({"files": found.files, "odd": found.odd}))
     monkeypatch.setattr(Worker, "check", lambda *args: Outcome(True, "pass"))
     _, rows, now = grade()
-    assert now == count + 3 and rows["syntax", 1]["status"] == "look"
+    assert now == count + len(EXERCISES) and rows["syntax", 1]["status"] == "look"
 
 
 def test_a_fourth_exercise_is_graded_too(tmp_path, monkeypatch):
     "All that grading knows of the exercises stands in one table."
     from kvcache_lib.classroom import exercises, submissions
 
-    fourth = exercises.Exercise(4, "02_attention", "CausalSelfAttention_kv", {"forward": "check_new", "backward": "check_attention"}, 1, 5)
+    fourth = exercises.Exercise(4, "02_attention", {"CausalSelfAttention_kv.forward": "check_new", "CausalSelfAttention_kv.backward": "check_attention"}, 1, 5)
     for module in (grading, submissions):
-        monkeypatch.setattr(module, "EXERCISES", (*EXERCISES, fourth))
+        monkeypatch.setattr(module, "EXERCISES", (*COURSE, fourth))
     cell = {"cell_type": "code", "source": "#| export\n" + solution_source(ATTENTION)}
     (tmp_path / "class" / "ada").mkdir(parents=True)
     (tmp_path / "class" / "ada" / "02_attention.ipynb").write_text(json.dumps({"cells": [cell]}))
@@ -215,14 +220,14 @@ def test_no_sandbox_is_said_and_leaves_no_process(tmp_path, capsys):
 STUB = """
 import sys, time
 from kvcache_lib.classroom import grading
-from kvcache_lib.classroom.exercises import EXERCISES
+from kvcache_lib.classroom.exercises import COURSE, EXERCISES
 from kvcache_lib.classroom.workers import Outcome
 
 class Stub:
     sandboxed = True
     def __init__(self, arguments, limits, seed): self.limits = limits
     def read(self, submission):
-        return {str(e.number): dict(source="", taken=False, fingerprint=[], reaches=[], notes=[]) for e in EXERCISES}
+        return {str(e.key): dict(source="", taken=False, fingerprint=[-1], reaches=[], notes=[]) for e in EXERCISES}
     def check(self, exercise, sources):
         time.sleep(0.01)
         return Outcome(True, "pass")
@@ -328,8 +333,8 @@ def test_likeness_of_copies_and_of_right_solutions_written_alone():
         source = "".join(line for line in course.solution[exercise.module].splitlines(True) if not line.strip().startswith("#"))
         for old, new in names.items():
             source = source.replace(old, new)
-        copy = written(fingerprint(ast.parse(source)), course.given[exercise.number])
-        assert likeness(copy, course.prints[exercise.number]) > ALIKE, exercise
+        copy = written(fingerprint(ast.parse(source)), course.given[exercise.key])
+        assert likeness(copy, course.prints[exercise.key]) > ALIKE, exercise
     tree = ast.parse(Path(right_solutions.__file__).read_text())
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]

@@ -155,7 +155,7 @@ def run(tmp_path_factory):
     for learner in ("aaa", "zzz"):
         (folder / learner).mkdir(parents=True)
         for exercise in EXERCISES if learner == "aaa" else EXERCISES[:1]:
-            taken = f"{TAKEN.format(n=exercise.number)}\n"
+            taken = f"{TAKEN.format(n=exercise.key)}\n"
             (folder / learner / f"{exercise.notebook}.ipynb").write_text(notebook(taken + solution_source(exercise)))
     for name, source in {**ATTACKS, **HOSTILE}.items():
         for key, value in {"class": folder, "canary": canary, "port": ear.port, "abstract": ear.name}.items():
@@ -196,7 +196,7 @@ def test_lies_about_the_work_are_not_believed_where_numbers_depend_on_the_cache(
 @needs_sandbox
 @pytest.mark.parametrize("name", HOSTILE)
 def test_every_hostile_learner_has_a_row_and_no_pass(run, name):
-    rows = [run[0][name, exercise.number] for exercise in EXERCISES]
+    rows = [run[0][name, exercise.key] for exercise in EXERCISES]
     assert rows[0].status in ("fail", "look") and rows[0].result.isprintable(), rows[0]
     assert name in SOON or "stopped after" not in rows[0].result, rows[0]
     assert name not in SLOW or "stopped after 1 s: an endless loop?" in rows[0].result, rows[0]
@@ -213,7 +213,7 @@ def test_odd_files_are_named(run, name):
 @needs_sandbox
 def test_neighbours_keep_their_grades_and_nothing_is_changed_or_left(run):
     rows, facts = run
-    assert {rows["aaa", e.number].result for e in EXERCISES} == {rows["zzz", 1].result} == {"solution taken"}
+    assert {rows["aaa", e.key].result for e in EXERCISES} == {rows["zzz", 1].result} == {"solution taken"}
     assert len(rows) == len(EXERCISES) * (3 + len(ATTACKS) + len(HOSTILE) + len(ODD))
     assert not facts["changed"] and facts["canary"] == "as it was" and facts["heard"] == []
     assert not [row for row in rows.values() if "as it was" in row.result], "the canary was read"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import kvcache_lib
 from .blanks import learner_notebook
-from .exercises import EXERCISES, NOTEBOOKS, PACKAGE
+from .exercises import COURSE, EXERCISES, NOTEBOOKS, PACKAGE
 from .notebooks import module_text, notebook_text
 from .solutions import made_by, solve
 
@@ -62,12 +62,20 @@ The exercises of the course `kvcache_lib`, made by version {version}. Your code 
 5. Do the same in {others}.
 6. `05_sort.ipynb` and `06_benchmark.ipynb` need nothing from you. They sort and measure with your classes.
 
+That is the course. What follows goes beyond it, and you may take what you like. Each of these exercises can be done alone, \
+once those above are done: the notebooks use the library's own classes beside yours.
+
+| | you write | in | about |
+|:--|:--|:--|:--|
+{extras}
+
 If you have nbdev: `nbdev_test`, run in this folder, runs all notebooks, which takes some minutes. \
 (`nbdev_test --file_re "{stems}"` runs the exercises alone.) It passes when all exercises are solved. A notebook that fails \
 before the others makes them fail too: begin with the first.
 
 **Stuck?** Each method has two folded hints. Below it is a cell that gives you the solution, so that you can go on. \
-`kvcache-exercises --solve 1 .` does the same in a terminal: save first, and what you have saved is kept.
+`kvcache-exercises --solve 1 .` does the same in a terminal: save first, and what you have saved is kept. An exercise without a \
+number goes by the name of its notebook.
 
 **Handing in:** this folder, as it is or zipped, with your notebooks saved.
 """
@@ -75,14 +83,15 @@ before the others makes them fail too: begin with the first.
 
 def readme() -> str:
     "The learner's README, with a row for each exercise."
-    def names(exercise):
-        return ", ".join(f"`{exercise.cls}.{method}`" for method in exercise.checks)
+    def row(e):
+        name, names = "" if e.number is None else f"exercise {e.number}", ", ".join(f"`{name}`" for name in e.checks)
+        return f"| {name} | {names} | `{e.notebook}.ipynb` | {e.minutes} minutes |"
 
-    rows = [f"| exercise {e.number} | {names(e)} | `{e.notebook}.ipynb` | {e.minutes} minutes |" for e in EXERCISES]
-    first, *others = (f"`{e.notebook}.ipynb`" for e in EXERCISES)
-    stems = "|".join(e.notebook[:2] for e in EXERCISES)
+    rows, extras = ("\n".join(row(e) for e in EXERCISES if e.extra == extra) for extra in (False, True))
+    first, *others = (f"`{e.notebook}.ipynb`" for e in COURSE)
+    stems = "|".join(e.notebook[:2] for e in COURSE)
     return README.format(
-        version=kvcache_lib.__version__, exercises="\n".join(rows), first=first, others=" and ".join(others), stems=stems
+        version=kvcache_lib.__version__, exercises=rows, extras=extras, first=first, others=" and ".join(others), stems=stems
     )
 
 # %% ../../nbs/tools/classroom/edition.ipynb #cell-6
@@ -156,7 +165,7 @@ def main(argv=None) -> None:
     "The command kvcache-exercises: write an edition, or take a solution in one."
     parser = argparse.ArgumentParser(prog="kvcache-exercises", description="Write the course with its exercises blank.")
     parser.add_argument("folder", help="a folder that does not exist yet; with --solve, that of an edition")
-    parser.add_argument("--solve", type=int, metavar="N", help="write the solution of exercise N into the edition")
+    parser.add_argument("--solve", metavar="N", help="write the solution of exercise N into the edition; N is a number, or a notebook")
     args = parser.parse_args(argv)
     try:
         if args.solve is not None:

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 import kvcache_lib
 from .blanks import learner_notebook
-from .exercises import EXERCISES, Exercise
+from .exercises import COURSE, EXERCISES, Exercise
 from .notebooks import exported_source
 from .report import as_csv, as_html, one_line, printable, table
 from .results import Grade, NotWritten, Results
-from .review import ENOUGH, fingerprint, likeness, written
+from .review import ENOUGH, fingerprint, likeness, reaches_for, written
 from .sandbox import Limits, bwrap_arguments, why_no_sandbox
 from .solutions import solution_source
 from .submissions import Submission, collect, find_submissions
@@ -38,16 +38,16 @@ ALIKE = 0.8  # right solutions that were written without having seen another sta
 
 
 class Course:
-    "What the course itself holds of each exercise: the solution's source, its fingerprint, and that of what is given."
+    "What the course itself holds of each exercise: the solution's source, its fingerprint, and what is given."
 
     def __init__(self):
         import ast
 
         self.solution = {e.module: solution_source(e) for e in EXERCISES}
-        self.given = {e.number: fingerprint(ast.parse(exported_source(learner_notebook(e.notebook)))) for e in EXERCISES}
-        self.prints = {
-            e.number: written(fingerprint(ast.parse(self.solution[e.module])), self.given[e.number]) for e in EXERCISES
-        }
+        given = {e.key: ast.parse(exported_source(learner_notebook(e.notebook))) for e in EXERCISES}
+        self.given = {key: fingerprint(tree) for key, tree in given.items()}
+        self.reaches = {key: set(reaches_for(tree)) for key, tree in given.items()}
+        self.prints = {e.key: written(fingerprint(ast.parse(self.solution[e.module])), self.given[e.key]) for e in EXERCISES}
 
 
 def grade_exercise(
@@ -57,15 +57,19 @@ def grade_exercise(
 
     reading: what `read_files` found of it.  sources: of the exercises before it.  lent: those taken from the course.
     """
+    key = exercise.key
     if "problem" in reading:
-        return Grade(learner, exercise.number, "fail", reading["problem"], digest=digest)
+        status = "left" if exercise.extra and reading["missing"] else "fail"
+        return Grade(learner, key, status, reading["problem"], digest=digest, extra=exercise.extra)
+    own = written(reading["fingerprint"], course.given[key])
+    if exercise.extra and not own:
+        return Grade(learner, key, "left", "as it was handed out", digest=digest, extra=True)
     try:
         outcome = worker.check(exercise, sources | {exercise.module: reading["source"]})
     except Broken as e:
-        return Grade(learner, exercise.number, "look", f"could not be graded: {e}", tuple(reading["notes"]))
-    own = written(reading["fingerprint"], course.given[exercise.number])
-    like = likeness(own, course.prints[exercise.number])
-    reaches = reading["reaches"]
+        return Grade(learner, key, "look", f"could not be graded: {e}", tuple(reading["notes"]), extra=exercise.extra)
+    like = likeness(own, course.prints[key])
+    reaches = [item for item in reading["reaches"] if item not in course.reaches[key]][:20]
     status, result = ("pass" if outcome.holds else "look" if outcome.odd else "fail"), outcome.result
     if reading["taken"]:
         status, result = ("taken", "solution taken") if outcome.holds else (status, f"solution taken; {result}")
@@ -73,11 +77,11 @@ def grade_exercise(
         status, result = "look", f"passes, but {', '.join(reaches[:4])}: look at it"
     elif outcome.holds and like is not None and like >= ALIKE:
         status, result = "look", f"passes, but is like the solution, {like:.0%}: look at it"
-    if outcome.holds and lent:
+    if outcome.holds and lent and not exercise.extra:
         result += f" (on the course's exercise {' and '.join(map(str, lent))})"
     notes = (*reading["notes"], *outcome.notes, *([f"it {', '.join(reaches)}"] if reaches and not outcome.holds else []))
     percent = round(100 * like) if like is not None and outcome.holds else None
-    return Grade(learner, exercise.number, status, result, notes, percent, digest, tuple(own.elements()))
+    return Grade(learner, key, status, result, notes, percent, digest, tuple(own.elements()), exercise.extra)
 
 
 def digest_of(submission: Submission, seconds: float, sandboxed: bool) -> str:
@@ -89,25 +93,29 @@ def grade_submission(worker: Worker, course: Course, learner: str, path: Path, d
     "Yield the grades of one learner, an exercise each; those that are there already are not worked out again."
     submission = collect(learner, path)
     digest = digest_of(submission, worker.limits.seconds, worker.sandboxed)
-    old = {e.number: done.get(learner, e.number, digest) for e in EXERCISES}
+    old = {e.key: done.get(learner, e.key, digest) for e in EXERCISES}
     if all(old.values()):
         return
     try:
         readings = worker.read(submission)
     except Ended as error:
-        readings = {str(e.number): {"problem": f"the notebooks could not be read: {error}"} for e in EXERCISES}
+        problem = {"problem": f"the notebooks could not be read: {error}", "missing": True}
+        readings = {str(e.key): problem for e in EXERCISES}
     except Broken as error:
-        yield from (Grade(learner, e.number, "look", f"could not be graded: {error}") for e in EXERCISES if old[e.number] is None)
+        said = f"could not be graded: {error}"
+        yield from (Grade(learner, e.key, "look", said, extra=e.extra) for e in EXERCISES if old[e.key] is None)
         return
     sources, lent = {}, []
     for exercise in EXERCISES:
-        reading = readings[str(exercise.number)]
-        grade = old[exercise.number] or grade_exercise(worker, course, learner, exercise, reading, sources, lent, digest)
-        if old[exercise.number] is None:
+        reading = readings[str(exercise.key)]
+        grade = old[exercise.key] or grade_exercise(worker, course, learner, exercise, reading, sources, lent, digest)
+        if old[exercise.key] is None:
             yield grade
+        if exercise.extra:
+            continue  # nothing builds on it
         own = grade.right and "source" in reading
         sources[exercise.module] = reading["source"] if own else course.solution[exercise.module]
-        lent += [] if own else [exercise.number]
+        lent += [] if own else [exercise.key]
 
 # %% ../../nbs/tools/classroom/grading.ipynb #cell-7
 def grade_class(
@@ -134,16 +142,17 @@ def grade_class(
         try:
             while not stop.is_set():
                 learner, path = waiting.get_nowait()
-                left = {exercise.number for exercise in EXERCISES}
+                left = {exercise.key: exercise.extra for exercise in EXERCISES}
                 try:
                     for grade in grade_submission(worker, course, learner, path, results):
                         if stop.is_set():
                             return
                         found.put(grade)
-                        left.discard(grade.exercise)
+                        del left[grade.exercise]
                 except Exception as e:  # a fault of ours must not cost the others their grades
-                    for number in left:
-                        found.put(Grade(learner, number, "look", f"could not be graded: {type(e).__name__}: {one_line(e)}"))
+                    said = f"could not be graded: {type(e).__name__}: {one_line(e)}"
+                    for key, extra in left.items():
+                        found.put(Grade(learner, key, "look", said, extra=extra))
                 found.put(None)
         except queue.Empty:
             pass
@@ -184,13 +193,13 @@ def pairs_alike(grades: list[Grade]) -> list[tuple]:
     for exercise in EXERCISES:
         own = [
             (grade.learner, Counter(grade.fingerprint)) for grade in grades
-            if grade.exercise == exercise.number and len(grade.fingerprint) >= ENOUGH and grade.status != "taken"
+            if grade.exercise == exercise.key and len(grade.fingerprint) >= ENOUGH and grade.status != "taken"
             and (grade.like or 0) < 100 * ALIKE
         ]
         for (a, one), (b, other) in combinations(own, 2):
             share = likeness(one, other)
             if share is not None and share >= ALIKE:
-                found.append((exercise.number, a, b, share))
+                found.append((exercise.key, a, b, share))
     return sorted(found, key=lambda pair: -pair[3])
 
 # %% ../../nbs/tools/classroom/grading.ipynb #cell-11
@@ -257,7 +266,7 @@ def run(args) -> int:
             grades = []
             for learner, path in learners.items():  # a result of something that was handed in earlier does not count
                 digest = digest_of(collect(learner, path), args.seconds, not args.no_sandbox)
-                grades += [grade for e in EXERCISES if (grade := results.get(learner, e.number, digest)) is not None]
+                grades += [grade for e in EXERCISES if (grade := results.get(learner, e.key, digest)) is not None]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -267,6 +276,7 @@ def run(args) -> int:
         about.append(f"Not complete ({said}): {missing} of {missing + len(grades)} results are missing. The same command goes on from here.")
     if left_out:
         about.append("Left out: " + "; ".join(left_out))
+    grades = [grade for grade in grades if grade.status != "left"]
     alike = pairs_alike(grades)
     show(grades, about, alike, args.csv)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .exercises import EXERCISES, NOTEBOOKS, PACKAGE, Exercise
 from kvcache_lib.classroom.notebooks import (
-    NO_CLASS, exported_source, find_class, module_text, read_notebook,
+    exported_source, find_definition, module_text, no_definition, read_notebook,
 )
 from ..files import write_whole
 
@@ -55,51 +55,58 @@ def check_exports(*modules: str) -> None:
             )
 
 # %% ../../nbs/tools/classroom/handing.ipynb #cell-4
-def export(cls: type) -> None:
-    """Export the notebook that defines the class `cls` of an exercise; to be called in it, in the edition's folder.
+def export(*written) -> None:
+    """Export the notebook that defines the classes or functions of an exercise; to be called in it, in the edition's folder.
 
-    Raises NotExported if the notebook isn't saved as it runs, ValueError if it doesn't export such a class.
+    Raises NotExported if the notebook isn't saved as it runs, ValueError if it doesn't export them.
     """
-    exercise = next((e for e in EXERCISES if e.cls == getattr(cls, "__name__", "")), None)
+    subjects = {getattr(subject, "__name__", ""): subject for subject in written}
+    exercise = next((e for e in EXERCISES if set(e.subjects) == set(subjects)), None)
     if exercise is None:
-        raise ValueError(f"expected one of the classes {', '.join(e.cls for e in EXERCISES)}, got {cls!r}")
+        known = ", ".join(" and ".join(e.subjects) for e in EXERCISES)
+        raise ValueError(f"expected one of the classes and functions {known}, got {', '.join(map(repr, written))}")
     path = Path(f"{exercise.notebook}.ipynb")
     if not path.is_file():
         raise NotExported(f"{path} is not in {Path.cwd()}: run this cell in that notebook, in the folder of the edition")
     nb = read_notebook(path)
-    saved = find_class(exported_source(nb), exercise.cls)
-    if saved is None:
-        raise ValueError(NO_CLASS.format(exercise))
-    methods = {node.name: ast.dump(node) for node in saved.body if isinstance(node, ast.FunctionDef)}
-    for name, here in ((name, running_source(getattr(cls, name, None))) for name in exercise.checks):
-        if here is not None and methods.get(name) != here:
+    source = exported_source(nb)
+    for name in exercise.checks:
+        subject, _, method = name.partition(".")
+        if find_definition(source, subject) is None:
+            raise ValueError(no_definition(exercise, subject))
+        here = running_source(getattr(subjects[subject], method, None) if method else subjects[subject])
+        saved = find_definition(source, name)
+        if here is not None and (saved is None or ast.dump(saved) != here):
             raise NotExported(
-                f"{path} on disk does not hold the {exercise.cls}.{name} that runs here. Nothing was exported. "
-                f"Save the notebook (Ctrl+S), run the cell with your class once more, then run this cell again."
+                f"{path} on disk does not hold the {name} that runs here. Nothing was exported. "
+                f"Save the notebook (Ctrl+S), run the cell with your {'class' if method else 'function'} once more, then run this cell again."
             )
     write_whole({Path(PACKAGE, f"{exercise.module}.py"): module_text(nb, exercise.notebook)})
     following = NOTEBOOKS[NOTEBOOKS.index(exercise.notebook) + 1 :]
-    wrong = first_mistake(cls, exercise)
+    wrong = first_mistake(subjects, exercise)
     after = f"But its check does not pass yet: {wrong}" if wrong else f"Next: {following[0]}.ipynb" if following else ""
-    print(f"{PACKAGE}/{exercise.module}.py now holds your {exercise.cls}. {after}".rstrip())
+    print(f"{PACKAGE}/{exercise.module}.py now holds your {' and '.join(exercise.subjects)}. {after}".rstrip())
 
 
-def first_mistake(cls: type, exercise: Exercise) -> str:
-    "What the checks of an exercise say first of a class, on one line; '' if it passes."
-    from kvcache_lib import checks
+def first_mistake(subjects: dict, exercise: Exercise) -> str:
+    "What the checks of an exercise say first of the classes or functions of these names, on one line; '' if they pass."
+    from kvcache_lib.checks.cases import find_check
+    from kvcache_lib.checks.report import CheckFailed
 
     try:
-        for check in exercise.checks.values():
-            getattr(checks, check)(cls)
-    except checks.CheckFailed as e:
+        for name, check in exercise.checks.items():
+            find_check(check)(subjects[name.partition(".")[0]])
+    except CheckFailed as e:
         return e.mistake
     return ""
 
 
-def running_source(method) -> str | None:
-    "A method as it runs in this process, in a form that can be compared; None if its source can't be had."
+def running_source(function) -> str | None:
+    "A function or method as it runs in this process, in a form that can be compared; None if its source can't be had."
     try:
-        source = "if True:\n" + inspect.getsource(method)  # a method's source is indented; so are its docstring's lines
-        return ast.dump(ast.parse(source).body[0].body[0])
+        source = inspect.getsource(function)
+        if source[0].isspace():  # a method's source is indented; so are its docstring's lines
+            return ast.dump(ast.parse(f"if True:\n{source}").body[0].body[0])
+        return ast.dump(ast.parse(source).body[0])
     except (OSError, TypeError, SyntaxError):
         return None

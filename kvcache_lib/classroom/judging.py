@@ -30,7 +30,10 @@ def verdict(check: str, seed: int, data: bytes) -> dict:
     if "error" in said:
         return {"holds": False, "result": one_line(said["error"])}
     try:
-        report = checks.judge(check, said["observations"], seed=seed)
+        if "." in check:
+            report = importlib.import_module("kvcache_lib.checks.cases").find_check(check).judge(said["observations"], seed=seed)
+        else:
+            report = checks.judge(check, said["observations"], seed=seed)
         return {"holds": True, "notes": [one_line(note) for note in report.notes]}
     except checks.CheckFailed as e:
         result = one_line(e.mistake) + (f": {one_line(e.line)}" if e.line else "")  # the teacher may see the line

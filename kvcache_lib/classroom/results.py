@@ -21,20 +21,23 @@ except ImportError:  # Windows
 class Grade:
     """What came out for one learner and one exercise.
 
-    status: pass; taken, the course's solution, said openly; look, right numbers that a teacher should look at; fail.
+    exercise: its number, or the name of its notebook.  extra: whether it lies beyond the course.
+    status: pass; taken, the course's solution, said openly; look, right numbers that a teacher should look at; fail; left,
+    an extra one that was not handed in, or as it was handed out: no report shows it.
     like: how like the solution what passes is, in percent; None where that says nothing.
     digest: of what was handed in and how it was graded; "" if that failed, so that the next run tries again.
     fingerprint: of what the learner wrote, to compare it with others'.
     """
 
     learner: str
-    exercise: int
+    exercise: int | str
     status: str
     result: str  # "pass", or what is to be said, on one line
     notes: tuple = ()
     like: int | None = None
     digest: str = ""
     fingerprint: tuple = field(default=(), repr=False)
+    extra: bool = False
 
     @property
     def right(self) -> bool:

@@ -138,7 +138,7 @@ def reaches_for(tree: ast.AST) -> list[str]:
             found.append(f"defines {node.name}")
         elif isinstance(node, ast.ClassDef) and node.keywords:
             found.append(f"gives {node.name} a metaclass")
-    return [item[:80] for item in dict.fromkeys(found)][:20]
+    return [item[:80] for item in dict.fromkeys(found)][:200]
 
 
 def is_private(name: str) -> bool:

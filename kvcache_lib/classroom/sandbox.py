@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VISIBLE', 'SYSTEM', 'ROOM', 'NAMESPACES', 'NO_NEW_PRIVILEGES', 'CAPABILITIES_3', 'python_folders', 'bwrap_arguments',
-           'Limits', 'processes_of_this_user', 'system_call', 'Room', 'NoRoom', 'child_processes', 'why_no_sandbox']
+           'showing', 'needed', 'Limits', 'processes_of_this_user', 'system_call', 'Room', 'NoRoom', 'child_processes',
+           'why_no_sandbox']
 
 # %% ../../nbs/tools/classroom/sandbox.ipynb #cell-2
 import ctypes
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kvcache_lib
+from .exercises import Exercise
 
 try:
     import resource
@@ -74,6 +76,21 @@ def bwrap_arguments(hidden=()) -> list[str]:
     args += ["--remount-ro", str(library), "--dev", "/dev", "--remount-ro", "/dev"]
     args += ["--perms", "1777", "--size", str(ROOM), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
     return args
+
+def showing(arguments: list[str], names: list[str]) -> list[str]:
+    "The arguments of a room in which these files and folders of this library are seen too."
+    library = Path(kvcache_lib.__file__).parent
+    at = next(i for i, pair in enumerate(zip(arguments, arguments[1:])) if pair == ("--remount-ro", str(library)))
+    more = [word for name in names for word in ("--ro-bind-try", str(library / name), str(library / name))]
+    return arguments[:at] + more + arguments[at:]
+
+
+def needed(exercise: Exercise) -> list[str]:
+    "What an exercise beyond the course may build on: all of this library but the solution, and what shows solutions."
+    if not exercise.extra:
+        return []
+    names = sorted(path.name for path in Path(kvcache_lib.__file__).parent.iterdir() if not path.name.startswith("_"))
+    return [name for name in names if name not in {f"{exercise.module}.py", "classroom", "mistakes", "nbs", *VISIBLE}]
 
 # %% ../../nbs/tools/classroom/sandbox.ipynb #cell-6
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ __all__ = ['TAKEN', 'for_learner', 'solution_cell', 'solution_source', 'is_taken
 import re
 from pathlib import Path
 
-from .exercises import EXERCISES, NOTEBOOKS, PACKAGE, Exercise, find_exercise
+from .exercises import COURSE, NOTEBOOKS, PACKAGE, Exercise, find_exercise
 from kvcache_lib.classroom.notebooks import (
-    class_cell, course_notebook, exported_source, is_exported, module_text, notebook_text, read_notebook,
+    course_notebook, definition_cells, exported_source, is_exported, module_text, notebook_text, read_notebook,
 )
 from ..files import write_whole
 
@@ -20,8 +20,11 @@ TAKEN = "# Solution of exercise {n}, taken from the course."
 
 
 def for_learner(source: str) -> str:
-    "The source of a cell with the learner's modules in place of the course's, and text in place of a link to a notebook that isn't there."
-    modules = "|".join(exercise.module for exercise in EXERCISES)
+    """The source of a cell with the learner's modules in place of the course's, and text in place of a link to a notebook that isn't there.
+
+    The course's exercises build on each other. Those beyond it build on the library's own, so that each can be done alone.
+    """
+    modules = "|".join(exercise.module for exercise in COURSE)
     source = re.sub(rf"\bkvcache_lib\.({modules})\b", rf"{PACKAGE}.\1", source)
 
     def link(match):
@@ -33,10 +36,10 @@ def for_learner(source: str) -> str:
 
 
 def solution_cell(exercise: Exercise) -> str:
-    "The source of the cell that solves an exercise, with the comment that says so."
+    "The source of a cell that solves an exercise, with the comment that says so."
     nb = course_notebook(exercise.notebook)
-    source = for_learner(nb["cells"][class_cell(nb, exercise)]["source"])
-    return source.replace("#| export\n", f"#| export\n{TAKEN.format(n=exercise.number)}\n", 1)
+    sources = [for_learner(nb["cells"][at]["source"]).removeprefix("#| export\n") for at in definition_cells(nb, exercise)]
+    return "\n\n\n".join([f"#| export\n{TAKEN.format(n=exercise.key)}\n{sources[0]}", *sources[1:]])
 
 
 def solution_source(exercise: Exercise) -> str:
@@ -46,17 +49,17 @@ def solution_source(exercise: Exercise) -> str:
 
 def is_taken(nb: dict, exercise: Exercise) -> bool:
     "Whether a notebook holds the solution of the exercise, marked as taken."
-    return any(is_exported(cell) and TAKEN.format(n=exercise.number) in cell["source"] for cell in nb["cells"])
+    return any(is_exported(cell) and TAKEN.format(n=exercise.key) in cell["source"] for cell in nb["cells"])
 
 # %% ../../nbs/tools/classroom/solutions.ipynb #cell-4
-def take_solution(number: int) -> None:
+def take_solution(key: int | str) -> None:
     "Put the solution of an exercise into a new cell below the one that calls this."
     from IPython import get_ipython
 
-    exercise = find_exercise(number)
+    exercise = find_exercise(key)
     get_ipython().set_next_input(solution_cell(exercise), replace=False)
     print(
-        f"The solution of exercise {number} is in the cell below. Run it, then the check and the export.\n"
+        f"The solution of exercise {key} is in the cell below. Run it, then the check and the export.\n"
         f"It is marked as taken, and a grade table will show that. Your own cell stays as it is;\n"
         f"if it doesn't run, select it and press Esc, then R: it is kept, and not run."
     )
@@ -69,29 +72,30 @@ def made_by(folder) -> str:
     return found[1] if found else ""
 
 
-def solve(number: int, folder) -> str:
+def solve(key: int | str, folder) -> str:
     """Write the solution of an exercise into an edition, keep the learner's cell as a raw cell, and export the notebook.
 
     Returns what was done, in words.  Raises FileNotFoundError or ValueError if the folder holds no such notebook,
     ValueError if a file can't be written; what is there is never lost.
     """
-    exercise, folder = find_exercise(number), Path(folder)
+    exercise, folder = find_exercise(key), Path(folder)
     path, module = folder / f"{exercise.notebook}.ipynb", folder / PACKAGE / f"{exercise.module}.py"
     if not made_by(folder):
         raise FileNotFoundError(f"{folder} is not an edition with blanks: it has no settings.ini made by kvcache_lib")
     nb = read_notebook(path)
     taken = is_taken(nb, exercise)
     if not taken:
-        at = class_cell(nb, exercise)
-        kept = {key: value for key, value in nb["cells"][at].items() if key not in ("outputs", "execution_count")}
+        own = definition_cells(nb, exercise)
+        for at in own:
+            nb["cells"][at] = {"cell_type": "raw", "metadata": {}, "source": nb["cells"][at]["source"]}
         solution = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": solution_cell(exercise)}
-        nb["cells"][at : at + 1] = [kept | {"cell_type": "raw", "metadata": {}}, solution]
+        nb["cells"].insert(own[0] + 1, solution)
     text = module_text(nb, exercise.notebook)
     if taken and module.is_file() and module.read_text("utf-8") == text:
-        return f"The solution of exercise {number} is in {path} already, and exported."
+        return f"The solution of exercise {key} is in {path} already, and exported."
     module.parent.mkdir(exist_ok=True)
     write_whole(({} if taken else {path: notebook_text(nb)}) | {module: text})
     return (
-        f"The solution of exercise {number} is in {path}, and exported. It is marked as taken; a grade table will show that.\n"
+        f"The solution of exercise {key} is in {path}, and exported. It is marked as taken; a grade table will show that.\n"
         f"Your own cell is kept above it, as a raw cell. If the notebook is open: File → Reload Notebook from Disk."
     )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEEPEST', 'ENTRIES', 'FILE', 'ALL', 'SOURCE', 'MAC', 'WHY', 'Submission', 'is_wanted', 'is_notebook', 'walk',
-           'holds_exercises', 'find_submissions', 'read_regular', 'collect', 'unzip', 'choose', 'read_exercise',
-           'read_files']
+           'holds_exercises', 'find_submissions', 'read_regular', 'collect', 'unzip', 'Missing', 'choose',
+           'read_exercise', 'read_files']
 
 # %% ../../nbs/tools/classroom/submissions.ipynb #cell-2
 import ast
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from .exercises import EXERCISES, Exercise
-from .notebooks import NO_CLASS, exported_source, find_class, parse_notebook
+from .notebooks import exported_source, find_definition, no_definition, parse_notebook
 from .report import one_line, printable
 from .review import fingerprint, reaches_for
 from .solutions import is_taken
@@ -194,6 +194,10 @@ def unzip(name: str, data: bytes) -> tuple[dict[str, bytes], dict[str, str]]:
     return files, odd
 
 
+class Missing(ValueError):
+    "An exercise's notebook was not handed in."
+
+
 def choose(exercise: Exercise, files: dict[str, bytes], odd: dict[str, str]) -> tuple[str, list[str]]:
     """`(path, notes)`: the notebook of an exercise, the least deep one; and which others there are.
 
@@ -210,7 +214,7 @@ def choose(exercise: Exercise, files: dict[str, bytes], odd: dict[str, str]) -> 
         others = [short(path) for path, why in odd.items() if why == "is no exercise" and exercise.module in path]
         if because:
             raise ValueError("; ".join(because[:3]) if because[0].startswith(name) else f"{name} is missing; {'; '.join(because[:3])}")
-        raise ValueError(f"{name} is missing" + (f"; there is {', '.join(others[:3])}" if others else ""))
+        raise Missing(f"{name} is missing" + (f"; there is {', '.join(others[:3])}" if others else ""))
     (depth, path), *others = found
     same = [other for other_depth, other in others if other_depth == depth]
     if same:
@@ -228,12 +232,12 @@ def read_exercise(exercise: Exercise, data: bytes) -> dict:
     if len(source) > SOURCE:
         raise ValueError(f"{exercise.notebook}.ipynb exports more than {SOURCE} characters of code")
     try:
-        found = find_class(source, exercise.cls)
+        lacking = [subject for subject in exercise.subjects if find_definition(source, subject) is None]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         line = (getattr(e, "text", None) or "").strip()[:200]
         raise SyntaxError(f"{type(e).__name__}: {getattr(e, 'msg', None) or e}" + f", in the line: {line}" * bool(line)) from None
-    if found is None:
-        raise ValueError(NO_CLASS.format(exercise))
+    if lacking:
+        raise ValueError(no_definition(exercise, lacking[0]))
     tree = ast.parse(source)
     return {
         "source": source, "taken": is_taken(nb, exercise), "fingerprint": fingerprint(tree), "reaches": reaches_for(tree)
@@ -241,7 +245,10 @@ def read_exercise(exercise: Exercise, data: bytes) -> dict:
 
 
 def read_files(submission: dict) -> dict:
-    "For each exercise what `read_exercise` gives, and `notes`; or a `problem`, in words. submission: files and odd."
+    """For each exercise what `read_exercise` gives, and `notes`; or a `problem`, in words, and whether it is `missing`.
+
+    submission: files and odd.
+    """
     files, odd = {}, dict(submission["odd"])
     for name, data in submission["files"].items():
         if name.lower().endswith(".zip"):
@@ -253,7 +260,7 @@ def read_files(submission: dict) -> dict:
     for exercise in EXERCISES:
         try:
             path, notes = choose(exercise, files, odd)
-            results[str(exercise.number)] = read_exercise(exercise, files[path]) | {"notes": notes}
+            results[str(exercise.key)] = read_exercise(exercise, files[path]) | {"notes": notes}
         except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
-            results[str(exercise.number)] = {"problem": one_line(e)}
+            results[str(exercise.key)] = {"problem": one_line(e), "missing": isinstance(e, Missing)}
     return results

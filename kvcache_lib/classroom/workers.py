@@ -23,7 +23,7 @@ from pathlib import Path
 import kvcache_lib
 from .exercises import Exercise
 from .learner import READY
-from .sandbox import Limits
+from .sandbox import Limits, needed
 from .submissions import Submission
 from .transport import Refused, frame, pack, read_frame
 
@@ -113,7 +113,7 @@ class Learners:
         mine, theirs = socket.socketpair()
         with mine:
             with theirs, contextlib.suppress(OSError):
-                socket.send_fds(self.control, [json.dumps(asdict(limits)).encode()], [theirs.fileno()])
+                socket.send_fds(self.control, [json.dumps({"limits": asdict(limits), "shown": request.get("shown", [])}).encode()], [theirs.fileno()])
             started = self.answer(30)
             if "error" in started:
                 raise Broken(started["error"])
@@ -248,18 +248,18 @@ class Worker:
         sources: module → source, for the exercise and those before it.  Raises Broken.
         """
         request = {
-            "job": "observe", "frames": len(exercise.checks), "checks": list(exercise.checks.values()), "sources": sources,
-            "module": exercise.module, "cls": exercise.cls, "seed": self.seed,
+            "job": "observe", "frames": len(exercise.checks), "sources": sources, "module": exercise.module, "seed": self.seed,
+            "checks": [(name.partition(".")[0], check) for name, check in exercise.checks.items()], "shown": needed(exercise),
         }
         before, notes = "", []
         try:
             frames = self.learners.run(request, self.limits)
-            for (method, check), data in zip(exercise.checks.items(), frames):
+            for (name, check), data in zip(exercise.checks.items(), frames):
                 said = self.judge.judge(check, self.seed, data, self.limits.seconds)
                 if not said["holds"]:
                     frames.close()
                     return Outcome(False, before + said["result"], tuple(said.get("notes", ())), bool(said.get("odd")))
-                before += f"{method} passes; "
+                before += f"{name.rpartition('.')[2]} passes; "
                 notes += said["notes"]
             frames.close()
         except Ended as e:
