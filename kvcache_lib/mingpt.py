@@ -159,8 +159,7 @@ class Writer(Plumbing):
         check_generation(
             idx, max_new_tokens, temperature, top_k, self.config.vocab_size, do_sample, eos_token, generator
         )
-        if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules()):
-            warnings.warn("generating with dropout: call model.eval() first", stacklevel=3)
+        self.warn_of_dropout()
 
         @torch.no_grad()
         def tokens(text: Tensor) -> Iterator[Tensor]:
@@ -176,6 +175,11 @@ class Writer(Plumbing):
                     return
 
         return tokens(idx) if stream else torch.cat([idx, *tokens(idx)], dim=1)
+
+    def warn_of_dropout(self) -> None:
+        "Warn who called `generate` if dropout is on."
+        if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules()):
+            warnings.warn("generating with dropout: call model.eval() first", stacklevel=4)
 
 # %% ../nbs/01_mingpt.ipynb #cell-42
 class GPT(Writer):

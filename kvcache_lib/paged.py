@@ -210,9 +210,8 @@ class PagedLayer:
 
         k, v: (1, n_kv_head, n, head size).  Returns two of (1, n_kv_head, P + n, head size).
         """
-        data = self.pool.data[self.layer]
-        for rows, z in zip(data, (k, v)):
-            rows.index_copy_(0, self.new, z[0].transpose(0, 1))
+        new = torch.cat([k, v]).transpose(1, 2)  # (2, n, n_kv_head, head size)
+        self.pool.data[self.layer].index_copy_(1, self.new, new)
         K, V = self.pool.gather(self.layer, self.rows)
         return K, V
 
