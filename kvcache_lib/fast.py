@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CausalSelfAttention_kv, LayerCache
+from .attention import CausalSelfAttention_kv
 from .block import Block_kv
 from .buffer import KVBuffer
 from .direct import dropped, is_plain, linear, normed
@@ -60,13 +60,13 @@ class CausalSelfAttention_fast(CausalSelfAttention_kv):
             y = packed.attend(k, v, lambda _, q, k, v: fused_attention(q, k, v, p), q)
         return dropped(linear(y.transpose(1, 2).flatten(2), m["c_proj"]), m["resid_dropout"])
 
-    def forward(self, x: Tensor, kv_cache: LayerCache | Tensor | PackedLayer = None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, kv_cache: Any = None) -> tuple[Tensor, Any]:
         """As in CausalSelfAttention_kv: `(y, kv_cache)`.
 
         kv_cache may also be this layer's part of a KVBuffer, (2, B, nh, P+T, hs): its last T rows are written. Or a
         PackedLayer: x, (1, N, C), is of many texts then.
         """
-        if not isinstance(kv_cache, (Tensor, PackedLayer)):
+        if not isinstance(kv_cache, Tensor) and not hasattr(kv_cache, "attend"):
             return super().forward(x, kv_cache)
         B, T, _ = x.shape
         this: Any = type(self)
@@ -79,13 +79,13 @@ class CausalSelfAttention_fast(CausalSelfAttention_kv):
             qkv = (
                 linear(x, m["c_attn"]).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
             )  # (3, B, nh, T, hs)
-            if isinstance(kv_cache, PackedLayer):
+            if not isinstance(kv_cache, Tensor):
                 return self.mix(qkv[0], qkv[1], qkv[2], kv_cache), kv_cache
             kv_cache[:, :, :, -T:] = qkv[1:]
             return self.mix(qkv[0], *kv_cache.unbind(0)), kv_cache
         q, *new = self.project(x)  # a subclass has another: then the same in the exercise's layout
         k, v = (z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in new)
-        if isinstance(kv_cache, PackedLayer):
+        if not isinstance(kv_cache, Tensor):
             return kv_cache.attend(k, v, lambda _, *qkv: self._attend_heads(*qkv), q, dim=1), kv_cache
         kv_cache[0][:, :, -T:], kv_cache[1][:, :, -T:] = k, v
         return self._attend_heads(q, *kv_cache.unbind(0)), kv_cache
@@ -102,7 +102,7 @@ class Block_fast(Block_kv):
 
     attention_class = CausalSelfAttention_fast
 
-    def forward(self, x: Tensor, kv_cache: LayerCache | Tensor | PackedLayer = None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, kv_cache: Any = None) -> tuple[Tensor, Any]:
         "As in Block_kv; kv_cache may also be this layer's part of a KVBuffer, or a PackedLayer."
         m: Any = self._modules
         a, kv_cache = m["attn"](normed(x, m["ln_1"]), kv_cache)

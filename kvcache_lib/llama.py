@@ -129,14 +129,14 @@ class GroupedAttention(nn.Module):
             qk = torch.cat([normed(qk[:, :nh], self.q_norm), normed(qk[:, nh:], self.k_norm)], dim=1)
         turned = None if place.turned is None else rotate(qk[:, :nh], *place.turned)
         q, k = rotate(qk, *place.rotation).split([nh, nkv], dim=1)  # both at once
-        if isinstance(kv_cache, PackedLayer):
-            queries = (q,) if turned is None else (q, turned)
-            y = kv_cache.attend(k, v, lambda b, *qkv: self.mix(place.masks[b], *qkv), *queries)
+        queries = (q,) if turned is None else (q, turned)
+        if kv_cache is None:
+            y = self.mix(place.masks[0], *queries, k, v)
+        elif isinstance(kv_cache, Tensor):
+            kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
+            y = self.mix(place.masks[0], *queries, *kv_cache.unbind(0))
         else:
-            if kv_cache is not None:
-                kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
-                k, v = kv_cache.unbind(0)  # (B, nkv, S, hs)
-            y = self.mix(place.masks[0], *((q, k, v) if turned is None else (q, turned, k, v)))
+            y = kv_cache.attend(k, v, lambda b, *qkv: self.mix(place.masks[b], *qkv), *queries)
         return linear(y.transpose(1, 2).flatten(2), self.c_proj)
 
     def mix(self, mask: Tensor | None, q: Tensor, *more: Tensor) -> Tensor:
@@ -214,12 +214,12 @@ class Llama(GPT_fast):
     def place(self, T: int, buffer: KVBuffer | Packed | None) -> Place:
         "Where the T tokens stand that follow those in the buffer, or in those of packed texts, and what they see."
         c, w = self.config, self.weight_like()
-        if isinstance(buffer, Packed):
-            at, texts, rows = buffer.positions, buffer.texts, slice(0)
-        else:
+        if buffer is None or isinstance(buffer, KVBuffer):
             P = 0 if buffer is None else buffer.length
             at, texts = torch.arange(P, P + T, device=w.device), [(P, T, buffer)]
             rows = slice(P, P + T) if buffer is None or buffer.rows is None else buffer.rows
+        else:
+            at, texts, rows = buffer.positions, buffer.texts, slice(0)
         turned = None
         if c.sinks and any(P + n > c.sinks + c.window for P, n, _ in texts):
             turned = rotation(at.clamp(max=c.sinks + c.window - 1), c.head_size, c.theta, w.dtype)

@@ -9,6 +9,7 @@ __all__ = ['CausalSelfAttention', 'NewGELU', 'Block', 'next_token', 'Writer', 'G
 
 # %% ../nbs/01_mingpt.ipynb #cell-2
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -179,7 +180,10 @@ class Writer(Plumbing):
     def warn_of_dropout(self) -> None:
         "Warn who called `generate` if dropout is on."
         if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules()):
-            warnings.warn("generating with dropout: call model.eval() first", stacklevel=4)
+            level, frame = 1, sys._getframe()
+            while frame.f_back and frame.f_globals.get("__name__", "").startswith("kvcache_lib."):
+                level, frame = level + 1, frame.f_back
+            warnings.warn("generating with dropout: call model.eval() first", stacklevel=level)
 
 # %% ../nbs/01_mingpt.ipynb #cell-42
 class GPT(Writer):

@@ -49,6 +49,7 @@ EXERCISES = (
     Exercise(2, "03_block", {"Block_kv.forward": "check_block"}, points=1, minutes=5),
     Exercise(3, "04_gpt", {"GPT_kv.forward": "check_gpt", "GPT_kv.generate_kv": "check_generate"}, points=2, minutes=30),
     Exercise(None, "10_text", {"whole_characters": "streaming.check_whole_characters"}, points=1, minutes=10),
+    Exercise(None, "14_ragged", {"left_padded": "padding.check_left_padded"}, points=1, minutes=10),
 )
 COURSE = tuple(exercise for exercise in EXERCISES if not exercise.extra)
 PACKAGE = "my_kvcache"  # the learner's own
