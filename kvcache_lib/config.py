@@ -27,10 +27,11 @@ class Settings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = [f.name for f in fields(self)]
-        meant = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        meant += [long for short, long in SHORT.items() if name == short and long in known]
-        if name not in known and meant:
-            raise AttributeError(f"there is no setting {name!r}, did you mean {meant[0]!r}?")
+        if name not in known:
+            meant = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            meant += [long for short, long in SHORT.items() if name == short and long in known]
+            if meant:
+                raise AttributeError(f"there is no setting {name!r}, did you mean {meant[0]!r}?")
         super().__setattr__(name, value)
 
     def merge_from_dict(self, settings: dict) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .config import GPTConfig, resolved
+from .config import GPTConfig, check_whole, resolved
 from .llama import LlamaConfig
 
 # %% ../nbs/tools/formats.ipynb #cell-4
@@ -103,10 +103,17 @@ def config_of(settings: dict) -> GPTConfig:
     wrong += [f"{name} = {settings[name]!r}" for name in ("quantization_config",) if settings.get(name)]
     if gpt2 and settings.get("n_inner") not in (None, 4 * settings.get("n_embd", 0)):
         wrong.append(f"n_inner = {settings['n_inner']!r}")
-    rope = {} if gpt2 else {"rope_theta": settings.get("rope_theta", 10_000.0)} | (settings.get("rope_parameters") or {})
-    for name, rules in (("rope_scaling", settings.get("rope_scaling") or {}), ("rope_parameters", rope)):
-        if rules.get("rope_type", rules.get("type", "default")) != "default" or rules.get("partial_rotary_factor", 1) != 1:
+    theta = settings.get("rope_theta", 10_000.0)
+    for name in () if gpt2 else ("rope_scaling", "rope_parameters"):
+        rules = settings.get(name) or {}
+        if not isinstance(rules, dict):
             wrong.append(f"{name} = {rules!r}")
+            continue
+        kinds = {rules.get("rope_type", "default"), rules.get("type", "default")} if all(isinstance(rules.get(n, ""), str) for n in ("rope_type", "type")) else {None}
+        if kinds != {"default"} or rules.get("partial_rotary_factor", 1) != 1 or any(isinstance(rule, dict) for rule in rules.values()):
+            wrong.append(f"{name} = {rules!r}")
+        theta = rules.get("rope_theta", theta)
+    wrong += [f"{name} = {settings[name]!r}" for name in ("tie_word_embeddings", "use_sliding_window") if not isinstance(settings.get(name, False), bool)]
     if wrong:
         raise ValueError(f"this {kind} computes something else than our model: {'; '.join(wrong)}")
     missing = [name for name in sizes.values() if name not in settings]
@@ -119,7 +126,7 @@ def config_of(settings: dict) -> GPTConfig:
     found |= {"n_kv_head": settings.get("num_key_value_heads"), "head_size": settings.get("head_dim")}
     return resolved(
         LlamaConfig(
-            **found, theta=rope["rope_theta"], window=_window(settings, kind), qkv_bias=kind == "qwen2",
+            **found, theta=theta, window=_window(settings, kind), qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3", tied=settings.get("tie_word_embeddings", False),
         )
     )  # fmt: skip
@@ -130,13 +137,19 @@ def _window(settings: dict, kind: str) -> int | None:
     window = settings.get("sliding_window", 4096 if kind == "mistral" else None)
     if kind == "llama" or (kind != "mistral" and not settings.get("use_sliding_window", False)):
         return None
-    if window is None or window >= settings["max_position_embeddings"]:
+    if window is None:
+        return None
+    numbers = {"sliding_window": window, "max_window_layers": settings.get("max_window_layers", 0) if kind != "mistral" else 0}
+    numbers |= {name: settings[name] for name in ("max_position_embeddings", "num_hidden_layers")}
+    for name, value in numbers.items():
+        check_whole(name, value, int(name == "sliding_window"))
+    if window >= numbers["max_position_embeddings"]:
         return None  # no text is long enough for it
-    first, layers = settings.get("max_window_layers", 0) if kind != "mistral" else 0, settings["num_hidden_layers"]
-    kinds = settings.get("layer_types") or [("full" if i < first else "sliding") + "_attention" for i in range(layers)]
-    if len(set(kinds)) > 1:
-        raise ValueError(f"expected one kind of attention in all layers, got layer_types = {kinds!r}")
-    return window if kinds[0] == "sliding_attention" else None
+    first, layers = numbers["max_window_layers"], numbers["num_hidden_layers"]
+    types = settings.get("layer_types") or ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < layers)
+    if not isinstance(types, list) or len(set(map(str, types))) > 1:
+        raise ValueError(f"expected one kind of attention in all layers, got layer_types = {types!r}")
+    return window if types[0] == "sliding_attention" else None
 
 
 def settings_of(config: GPTConfig, tied: bool, dtype: torch.dtype) -> dict:

@@ -57,7 +57,7 @@ class LlamaConfig(GPTConfig):
         if self.head_size % 2:
             raise ValueError(f"rotary positions turn pairs of numbers: expected an even head_size, got {self.head_size}")
         for name in ("theta", "eps"):
-            if not check_number(name, getattr(self, name)) > 0:
+            if not 0 < check_number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
         check_whole("sinks", self.sinks, least=0)
         if self.window is None:
@@ -129,14 +129,21 @@ class GroupedAttention(nn.Module):
             qk = torch.cat([normed(qk[:, :nh], self.q_norm), normed(qk[:, nh:], self.k_norm)], dim=1)
         turned = None if place.turned is None else rotate(qk[:, :nh], *place.turned)
         q, k = rotate(qk, *place.rotation).split([nh, nkv], dim=1)  # both at once
-        queries = (q,) if turned is None else (q, turned)
-        if kv_cache is None:
-            y = self.mix(place.masks[0], *queries, k, v)
-        elif isinstance(kv_cache, Tensor):
-            kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
-            y = self.mix(place.masks[0], *queries, *kv_cache.unbind(0))
-        else:
+        if kv_cache is not None and not isinstance(kv_cache, Tensor):
+            queries = (q,) if turned is None else (q, turned)
             y = kv_cache.attend(k, v, lambda b, *qkv: self.mix(place.masks[b], *qkv), *queries)
+            return linear(y.transpose(1, 2).flatten(2), self.c_proj)
+        if kv_cache is not None:
+            kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
+            k, v = kv_cache.unbind(0)  # (B, nkv, S, hs)
+        return self.attend(q, turned, k, v, place)
+
+    def attend(self, q: Tensor, turned: Tensor | None, k: Tensor, v: Tensor, place: Place) -> Tensor:
+        """What the tokens take from those they see: (B, T, C).
+
+        q: (B, n_head, T, hs).  turned: the same as the sinks see it, or None.  k, v: (B, n_kv_head, S, hs).
+        """
+        y = self.mix(place.masks[0], *((q, k, v) if turned is None else (q, turned, k, v)))
         return linear(y.transpose(1, 2).flatten(2), self.c_proj)
 
     def mix(self, mask: Tensor | None, q: Tensor, *more: Tensor) -> Tensor:
@@ -214,6 +221,7 @@ class Llama(GPT_fast):
     def place(self, T: int, buffer: KVBuffer | Packed | None) -> Place:
         "Where the T tokens stand that follow those in the buffer, or in those of packed texts, and what they see."
         c, w = self.config, self.weight_like()
+        texts: Any  # (P, n, cache) of each
         if buffer is None or isinstance(buffer, KVBuffer):
             P = 0 if buffer is None else buffer.length
             at, texts = torch.arange(P, P + T, device=w.device), [(P, T, buffer)]

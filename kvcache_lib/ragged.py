@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .arguments import check_range, check_tokens
+from .arguments import check_tokens
 from .buffer import KVBuffer
 from .mingpt import next_token
 from .prompts import check_prompts, collected
@@ -150,7 +150,10 @@ def _check_step(model: Any, new: Sequence[Tensor], caches: Sequence[Any]) -> Non
 
 def _layers(cache: Any, layers: Iterable[Any]) -> Iterable[TextLayer]:
     "What `cache.extend` gave, as TextLayers."
-    return (BufferLayer(data, cache.rows) for data in layers) if isinstance(cache, KVBuffer) else layers
+    if not isinstance(cache, KVBuffer):
+        return layers
+    rows: Any = cache.rows  # while it is being extended
+    return (BufferLayer(data, rows) for data in layers)
 
 
 @torch.no_grad()
@@ -165,8 +168,6 @@ def packed_step(model: Any, new: Sequence[Tensor], caches: Sequence[Any], every:
     _check_step(model, new, caches)
     lengths = [len(tokens) for tokens in new]
     idx = torch.cat(list(new))[None]  # (1, N)
-    if not idx.is_meta:
-        check_range("tokens", idx, 0, model.config.vocab_size)
     packed = Packed([(cache.length, n, cache) for cache, n in zip(caches, lengths)], idx.device)
     with torch.inference_mode():
         x = model.embed(idx, packed.positions)

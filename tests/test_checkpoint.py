@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from kvcache_lib import checkpoint
 from kvcache_lib.checkpoint import load, save
@@ -17,6 +19,7 @@ from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.kept import kept_tokenizer
 from kvcache_lib.llama import Llama, LlamaConfig
 from kvcache_lib.mingpt import GPTConfig
+from kvcache_lib.text import encode
 
 transformers = pytest.importorskip("transformers")
 VOCAB, BLOCK = 61, 40
@@ -146,6 +149,15 @@ REFUSED = {  # what config.json says: what the error says
     "lacking": (dict(hidden_size=None), "lacks hidden_size"),
     "groups": (dict(num_key_value_heads=4), "n_kv_head must divide n_head, got n_kv_head=4 and n_head=6"),
     "odd": (dict(head_dim=9), "even head_size, got 9"),
+    "rope as a word": (dict(rope_scaling="yarn"), "rope_scaling = 'yarn'"),
+    "rope as a list": (dict(rope_parameters=[1]), r"rope_parameters = \[1\]"),
+    "llama3 rope": (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope_parameters = .*llama3"),
+    "both names of a rope": (dict(rope_scaling={"rope_type": "default", "type": "linear"}), "rope_scaling = .*linear"),
+    "rope of each kind of layer": (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters = .*full_attention"),
+    "tied": (dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
+    "window of 0": (dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=0), "sliding_window ≥ 1, got 0"),
+    "window": (dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window="wide"), "sliding_window to be a whole number, got 'wide'"),
+    "theta": (dict(rope_theta=float("inf"), rope_parameters=None), "theta > 0, got inf"),
 }
 
 
@@ -161,7 +173,7 @@ def test_what_we_cannot_compute_is_named_before_anything_is_read(folder, tmp_pat
     changes, says = REFUSED[case]
     settings = json.loads((folder / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         load(tmp_path)  # there are no weights at all
 
 
@@ -262,3 +274,79 @@ def test_the_command_streams_the_same_text_both_ways(tmp_path, capfd):
     for bad, says in ((["", "x"], "expected a folder"), ([str(tmp_path / "m"), ""], "at least one token"), ([str(tmp_path / "m"), "x", "--temperature", "0"], "temperature > 0")):
         assert checkpoint.main(bad) == 2
         assert says in capfd.readouterr().err
+
+
+def test_before_the_first_piece_there_is_one_prefill_and_nothing_else(tmp_path, monkeypatch, capfd):
+    "Counted: every pass through the model, every token that is encoded, every text that is tokenized."
+    tokenizer, prompt = kept_tokenizer(), "A cache holds keys and values."
+    t = len(tokenizer.encode(prompt).ids)
+    torch.manual_seed(0)
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.get_vocab_size(), block_size=64)
+    for model in (Llama(LlamaConfig(**sizes, n_kv_head=1)), GPT_fast(GPTConfig(**sizes))):
+        events = []
+        model.eval().transformer.ln_f.register_forward_hook(lambda module, args, out: events.append(out.size(1)))
+        model.transformer.wte.register_forward_hook(lambda module, args, out: events.append(f"{out.size(1)} encoded"))
+        monkeypatch.setattr("kvcache_lib.text.encode", lambda *args: events.append("tokenized") or encode(*args))
+        monkeypatch.setattr(checkpoint, "print", lambda text="", **more: events.append("shown" if text else "end"), raising=False)
+        says = checkpoint.write(model, tokenizer, prompt, 5, True, None)
+        events = [event for n, event in enumerate(events) if not (event == "shown" and events[n - 1] == "shown")]
+        assert events[:4] == ["tokenized", "shown", f"{t} encoded", 1], "the prompt is shown, encoded once, and only its last logits are made"
+        counted = [event for event in events if event not in ("shown", "end")]
+        assert counted == ["tokenized", f"{t} encoded", 1] + ["1 encoded", 1] * 4
+        assert "5 tokens, the first after" in says
+        assert "of one prefill" in checkpoint.write(model, tokenizer, prompt, 2, True, None, prefill=True)
+        monkeypatch.undo()
+
+
+def index_of(changes):
+    return lambda place, names: (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changes(names)}))
+
+
+BROKEN = {  # what is done to a checkpoint, and what the error says
+    "cut short": (lambda place, names: (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:-1]), "model.safetensors to be a file of safetensors"),
+    "cut in the header": (lambda place, names: (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:50]), "model.safetensors to be a file of safetensors"),
+    "a missing part": (index_of(lambda names: {n: "model-00001-of-00002.safetensors" for n in names}), "model-00001-of-00002.safetensors, which is not in .*all must be there"),
+    "a path outside": (index_of(lambda names: {n: "../outside.safetensors" for n in names}), "../outside.safetensors, which is not in .*must name files beside it"),
+    "an absolute path": (index_of(lambda names: {n: "/etc/passwd" for n in names}), "/etc/passwd, which is not in"),
+    "an index without names": (index_of(lambda names: list(names)), "expected a weight_map"),
+    "settings too deep": (lambda place, names: (place / "config.json").write_text("[" * 100_000), "expected JSON in config.json"),
+    "more layers than could be": (
+        lambda place, names: (place / "config.json").write_text((place / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 2000000000')),
+        "2,000,000,000 layers, and the files hold 21 tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_checkpoint(folder, tmp_path, case):
+    damage, says = BROKEN[case]
+    shutil.copytree(folder, tmp_path / "m")
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    damage(tmp_path / "m", load_file(folder / "model.safetensors"))
+    with pytest.raises(ValueError, match=says):
+        load(tmp_path / "m")
+
+
+def test_what_the_command_is_given(tmp_path, capfd):
+    tokenizer = kept_tokenizer()
+    model = GPT_fast(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.get_vocab_size(), block_size=16))
+    path = str(save(model, tmp_path / "m", tokenizer))
+    stripping = Tokenizer.from_str(tokenizer.to_str())
+    stripping.normalizer = normalizers.Strip()
+    blank = str(save(model, tmp_path / "blank", stripping))
+    (tmp_path / "m" / "tokenizer.json").rename(tmp_path / "kept.json")
+    bare = shutil.copytree(path, tmp_path / "bare")
+    (tmp_path / "kept.json").rename(tmp_path / "m" / "tokenizer.json")
+    for given, says in (
+        ([path, "x", "--seed", str(2**70)], "seed ≤"),
+        ([path, "x", "--tokens", "-1"], "max_new_tokens ≥ 0, got -1"),
+        ([blank, "   "], "a text of at least one token, got '   '"),
+        ([str(bare), "x"], "no tokenizer.json"),
+    ):
+        assert checkpoint.main(given) == 2
+        out, err = capfd.readouterr()
+        assert says in err and not out
+    assert checkpoint.main([path, "word " * 40, "--tokens", "3"]) == 0, "the last tokens of a longer prompt are seen"
+    run = f"{sys.executable} -c 'from kvcache_lib.checkpoint import main; raise SystemExit(main())' {path} word --tokens 300 | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {run}"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "w", "")

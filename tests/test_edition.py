@@ -102,7 +102,7 @@ def test_it_is_a_project_with_all_notebooks(blank):
     settings = (blank / "settings.ini").read_text()
     assert f"made_by = kvcache_lib {kvcache_lib.__version__}" in settings and f"lib_name = {PACKAGE}" in settings
     for exercise in EXERCISES:
-        assert f"#| default_exp {exercise.module}" in sources(course_notebook(exercise.notebook))
+        assert f"#| default_exp {exercise.module}" in "\n".join(sources(course_notebook(exercise.notebook))).splitlines()
         assert f"{exercise.notebook}.ipynb" in (blank / "README.md").read_text()
 
 

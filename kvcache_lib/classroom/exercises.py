@@ -22,6 +22,7 @@ class Exercise:
     checks: dict[str, str]
     points: int  # for each check, in nbgrader
     minutes: int
+    exports: str = ""  # the module that the notebook exports to, where its name is not that of the notebook
 
     @property
     def key(self) -> int | str:
@@ -31,7 +32,7 @@ class Exercise:
     @property
     def module(self) -> str:
         "The module that the notebook exports to."
-        return self.notebook.partition("_")[2]
+        return self.exports or self.notebook.partition("_")[2]
 
     @property
     def subjects(self) -> list[str]:
@@ -49,6 +50,7 @@ EXERCISES = (
     Exercise(2, "03_block", {"Block_kv.forward": "check_block"}, points=1, minutes=5),
     Exercise(3, "04_gpt", {"GPT_kv.forward": "check_gpt", "GPT_kv.generate_kv": "check_generate"}, points=2, minutes=30),
     Exercise(None, "10_text", {"whole_characters": "streaming.check_whole_characters"}, points=1, minutes=10),
+    Exercise(4, "11_positions", {"ring_attention": "ring.check_ring"}, points=3, minutes=20, exports="rotary"),
     Exercise(None, "14_ragged", {"left_padded": "padding.check_left_padded"}, points=1, minutes=10),
 )
 COURSE = tuple(exercise for exercise in EXERCISES if not exercise.extra)

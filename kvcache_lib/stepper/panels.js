@@ -27,6 +27,7 @@ class Rows {
   constructor(stepper) {
     this.stepper = stepper;
     const title = (name, axis) => make("span", {}, make("b", {}, name), make("small", {}, axis));
+    this.titles = { K: title("K", "key →"), V: title("V", "val →") };
     const { hs } = stepper.trace;
     this.asks = make("span.to-key");
     this.query = this.vector();
@@ -34,8 +35,8 @@ class Rows {
     this.lines = Array.from({ length: Math.min(stepper.trace.length, stepper.trace.rows) }, (_, r) => this.line(r));
     this.list = make("div.rows", { role: "listbox", tabindex: 0, "aria-label": "tokens: up and down arrow choose one" }, ...this.lines.map((l) => l.element));
     this.element = make("div.cache", {},
-      make("div.line.titles", {}, make("span", {}, make("small", {}, "seq")), title("token", ""), title("its row", ""), title("K", "key →"),
-        title("weight", `softmax(q·k / √${hs})`), title("V", "val →")),
+      make("div.line.titles", {}, make("span", {}, make("small", {}, "seq")), title("token", ""), title("its row", ""), this.titles.K,
+        title("weight", `softmax(q·k / √${hs})`), this.titles.V),
       make("div.line.query", {}, this.asks, this.query.element),
       this.list,
       make("div.line.out", {}, make("span.to-value", {}, "output: values × weights, summed"), this.out.element));
@@ -67,11 +68,12 @@ class Rows {
     };
     this.asks.textContent = `the query q of “${shownName(stepper.name(step.start + stepper.asker))}”`;
     fill(this.query, seen.q, limits[0]);
+    for (const [name, element] of Object.entries(this.titles)) put(element.firstChild, name + stepper.ofHead(s.head));
     fill(this.out, trace.output(s.text, step.run, s.layer, s.head, seen.weights), limits[2]);
     const known = new Set(shown);
     this.lines.forEach((line, r) => {
       const i = shown[r], gap = i === null, there = !gap && i < S;
-      const state = gap ? "gap" : states[i], lost = s.cache && there && i < step.lost;
+      const state = gap ? "gap" : states[i], lost = s.cache && there && (i < step.lost || step.over.includes(i));
       line.element.className = `line row ${state}${lost ? " lost" : ""}`;
       line.state.className = gap ? "" : `state ${state}`;
       put(line.state, gap || state === "none" ? "" : state);
@@ -79,17 +81,17 @@ class Rows {
       put(line.token, gap ? `${shown[r + 1] - shown[r - 1] - 1} more` : there ? shownName(stepper.name(step.start + i)) : "");
       line.token.title = line.token.textContent;
       for (const [which, vector] of [[1, line.key], [2, line.value]]) {
-        if (there) fill(vector, trace.row(s.text, step.run, which, s.layer, s.head, i), limits[which]);
+        if (there && state !== "left") fill(vector, trace.row(s.text, step.run, which, s.layer, s.head, i), limits[which]);
         else paint(vector.canvas, [0], 1, positive), put(vector.text, "");
       }
-      let w = there ? (seen.weights[i] ?? null) : null;
+      let w = there && trace.sees(stepper.asker, i) ? seen.weights[i] : null;
       if (gap) w = seen.weights.reduce((sum, x, n) => (known.has(n) ? sum : sum + x), 0);
       line.bar.style.width = `${100 * (w ?? 0)}%`;
       put(line.weight, w === null ? (there ? "masked" : "") : w.toFixed(2));
       if (there) line.element.dataset.row = i;
       else delete line.element.dataset.row;
       line.element.setAttribute("aria-label", there
-        ? `token ${step.start + i}, ${line.token.textContent}, ${SAID[state]}${lost ? ", its old row is void" : ""}, weight ${w === null ? "masked" : w.toFixed(2)}`
+        ? `token ${step.start + i}, ${line.token.textContent}, ${SAID[state]}${lost ? (state === "left" ? ", its row is written over" : ", its old row is void") : ""}, weight ${w === null ? "masked" : w.toFixed(2)}`
         : gap ? `${line.token.textContent} tokens` : `place ${i}, not there yet`);
     });
     if (moved) this.move_in();
@@ -133,7 +135,8 @@ class Side {
     this.heads = new Radios("head", Array.from({ length: trace.n_head }, (_, h) => [h, h]), (head) => stepper.set({ head }), trace.n_head > 12 ? "heads.thin" : "heads");
     this.heads.canvases = this.heads.buttons.map((button, h) => {
       const canvas = make("canvas");
-      button.replaceChildren(make("span", {}, `head ${h}`), make("span.cell", {}, canvas));
+      button.replaceChildren(make("span", { title: `head ${h}${trace.shared > 1 ? ", K and V" + stepper.ofHead(h) : ""}` }, `head ${h}`), make("span.cell", {}, canvas));
+      if (trace.shared > 1 && h && h % trace.shared === 0) button.style.marginTop = "5px"; // groups that share keys stand apart
       return canvas;
     });
     this.headTitle = make("h4");
@@ -191,7 +194,7 @@ class Side {
       shown.forEach((i, c) => {
         if (i === null || i >= S) return;
         const at = `x="${GUTTER + cell * c}" y="${top + cell * r}" width="${cell}" height="${cell}" data-j="${j}" data-i="${i}"`;
-        if (i > j) return parts.push(`<rect class="masked" ${at}/>`);
+        if (!trace.sees(j, i)) return parts.push(`<rect class="masked" ${at}/>`);
         parts.push(`<rect class="seen" ${at} fill-opacity="${weights[i].toFixed(3)}"><title>${weights[i].toFixed(4)}</title></rect>`);
         if (cell >= 20 && (j === asker || asked.length <= 6)) parts.push(`<text class="in${weights[i] > 0.5 ? " strong" : ""}" x="${GUTTER + cell * (c + 0.5)}" y="${top + cell * (r + 0.5) + 3.5}" text-anchor="middle">${weightText(weights[i])}</text>`);
       });

@@ -36,7 +36,7 @@ def kind_of(count: int) -> str:
 
 
 def packed_run(run: torch.Tensor, kind: str, n_head: int) -> list:
-    "The bytes of a run, (3, n_layer, S, C): its scales, if there are any, then its numbers."
+    "The bytes of a run, (3 or 4, n_layer, S, C): its scales, if there are any, then its numbers."
     run = run.float()
     if kind == "int8":
         heads = run.unflatten(3, (n_head, -1))
@@ -56,7 +56,7 @@ def described_steps(trace: Trace, view: View) -> list:
         costs = [step_cost(trace, n, mode.cache) for mode in modes]
         found.append(
             dict(
-                P=step.P, T=step.T, start=step.start, run=step.run, taken=step.taken, known=trace.known(n), lost=trace.lost(n),
+                P=step.P, T=step.T, start=step.start, run=step.run, taken=step.taken, known=trace.known(n), lost=trace.lost(n), over=trace.overwritten(n),
                 top=[(token, round(p, 5)) for token, p in step.top], why=reason(trace, n, modes[0]),
                 say=[headline(trace, n, mode) for mode in modes],
                 cost=[[c.tokens, c.macs, c.bytes_moved, c.cache_bytes_read, c.cache_bytes] for c in costs],
@@ -77,6 +77,7 @@ def pack(traces, names=str, rows: int = 16) -> bytes:
     tokens = {token for trace in traces for token in (*trace.text, *(token for step in trace.steps for token, _ in step.top))}
     told = dict(
         dtype=kind, n_layer=one.n_layer, n_head=one.n_head, n_embd=one.n_embd, rows=rows, length=one.length,
+        kinds=len(one.runs[0]), shared=one.shared, window=one.window, sinks=one.sinks,
         counters=COUNTERS, machine=MACHINE.name, seconds=predicted(one, 1) is not None,
         names={token: names(token) for token in sorted(tokens)},
         texts=[dict(tokens=t.text, runs=[run.size(2) for run in t.runs], steps=described_steps(t, View(names=names))) for t in traces],

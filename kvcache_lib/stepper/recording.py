@@ -9,19 +9,21 @@ __all__ = ['MACHINE', 'Step', 'check_counted', 'Trace', 'attention_weights', 'Co
 # %% ../../nbs/tools/stepper/recording.ipynb #cell-2
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import cost
 from ..mingpt import GPTConfig
+from ..rotary import visible
 
 # %% ../../nbs/tools/stepper/recording.ipynb #cell-5
 @dataclass(frozen=True)
 class Step:
     "One call of the model. The window is the text's tokens start, …, start+P+T−1; the last T of them were encoded."
 
-    P: int  # tokens read from the cache
+    P: int  # tokens encoded before; they are read from the cache, unless they have left a window
     T: int  # tokens encoded
     start: int  # tokens of the text before the window
     run: int  # which of the trace's runs holds the rows
@@ -44,11 +46,14 @@ def check_counted(**wanted) -> None:
 class Trace:
     """What a generation computed, step by step.
 
-    runs: tensors (3, n_layer, S, C), the rows of q, k and v, in the order of the text.
+    runs: tensors (3, n_layer, S, C), the rows of q, k and v, in the order of the text, as they were compared and summed:
+        turned, if positions are rotary; those of a shared head once for each query head.
+        With sinks (4, n_layer, S, C): the last are the queries as the sinks see them.
     text: the token numbers, generated ones included; empty for a layer by itself.
     vocab_size, block_size: of the model; 0 for a layer by itself.  itemsize: bytes a number takes in the model.
-    gpt: False if the model is not built as GPT-2 is; then its multiply-adds are not counted.
+    gpt: False if the model is not built as GPT-2 is; then its multiply-adds are not counted, unless there is a config.
     shared: how many query heads share one cached head, 1 but in grouped-query attention.
+    config: the model's, complete, where its costs follow from more than the sizes of a GPT; it names window and sinks.
     """
 
     steps: tuple
@@ -60,6 +65,7 @@ class Trace:
     itemsize: int = 4
     gpt: bool = True
     shared: int = 1
+    config: Any = None
 
     @property
     def n_layer(self) -> int:
@@ -68,6 +74,21 @@ class Trace:
     @property
     def n_embd(self) -> int:
         return self.runs[0].size(3)
+
+    @property
+    def window(self) -> int | None:
+        "How many last tokens a query sees; None: all."
+        return self.config and self.config.cache_sizes().window
+
+    @property
+    def sinks(self) -> int:
+        "How many first tokens are seen beside the window."
+        return self.config.cache_sizes().sinks if self.config else 0
+
+    @property
+    def learned(self) -> bool:
+        "Whether the model adds a learned vector for each position."
+        return self.gpt and self.config is None
 
     @property
     def length(self) -> int:
@@ -82,7 +103,14 @@ class Trace:
         "q, k and v of every token in the step's window, cached or not: three tensors (S, hs)."
         self.check(step, layer, head)
         here, hs = self.steps[step - 1], self.n_embd // self.n_head
-        return self.runs[here.run][:, layer, : here.S, head * hs : (head + 1) * hs]
+        return self.runs[here.run][:3, layer, : here.S, head * hs : (head + 1) * hs]
+
+    def _turned(self, step: int, layer: int) -> Tensor | None:
+        "The queries of the window's tokens as the sinks see them, (n_head, S, hs), if they are others."
+        here = self.steps[step - 1]
+        if not self.sinks:
+            return None
+        return self.runs[here.run][3, layer, : here.S].unflatten(1, (self.n_head, -1)).transpose(0, 1)
 
     def weights(self, step: int, layer: int, head: int, at=None) -> Tensor:
         """The attention weights of the window's queries, (S, S). In a step with the cache only the last T rows are computed.
@@ -91,14 +119,36 @@ class Trace:
         """
         q, k, _ = self.rows(step, layer, head)
         at = torch.arange(len(q)) if at is None else torch.tensor(at)
-        return attention_weights(q[at], k, at)
+        turned = self._turned(step, layer)
+        return attention_weights(q[at], k, at, self.window, self.sinks, None if turned is None else turned[head, at])
 
     def newest_weights(self, step: int, layer: int) -> Tensor:
         "The last row of `weights` for every head, (n_head, S)."
         self.check(step, layer, 0)
         here = self.steps[step - 1]
-        q, k, _ = self.runs[here.run][:, layer, : here.S].unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (nh, S, hs)
-        return attention_weights(q[:, -1:], k)[:, 0]
+        q, k = self.runs[here.run][:2, layer, : here.S].unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (nh, S, hs)
+        turned = self._turned(step, layer)
+        return attention_weights(q[:, -1:], k, None, self.window, self.sinks, None if turned is None else turned[:, -1:])[:, 0]
+
+    def sees(self, at: int, row: int) -> bool:
+        "Whether the query of one of the window's tokens looks at another one's key."
+        return row <= at and (self.window is None or row > at - self.window or row < self.sinks)
+
+    def read(self, step: int) -> list:
+        "The rows that this step reads from the cache: those that its first new token sees."
+        P = self.steps[step - 1].P
+        return [row for row in range(P) if self.sees(P, row)]
+
+    def ring_row(self, position: int) -> int:
+        "In which row of the cache a token lies: that of its position, unless a window has it go round."
+        return position if position < self.sinks or self.window is None else self.sinks + (position - self.sinks) % self.window
+
+    def overwritten(self, step: int) -> list:
+        "The tokens whose rows the new tokens of this step take; only a ring has any."
+        here = self.steps[step - 1]
+        if self.window is None or not here.P:
+            return []
+        return list(range(max(self.sinks, here.P - self.window), min(here.P, here.S - self.window)))
 
     def slide(self, step: int) -> int:
         "By how many tokens the window has moved since the step before."
@@ -113,17 +163,21 @@ class Trace:
         return self.steps[step - 1].P or (self.steps[step - 2].S - self.slide(step) if step > 1 else 0)
 
 # %% ../../nbs/tools/stepper/recording.ipynb #cell-9
-def attention_weights(q: Tensor, k: Tensor, at: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √hs + M) with the mask i ≤ P + j.
+def attention_weights(
+    q: Tensor, k: Tensor, at: Tensor | None = None, window: int | None = None, sinks: int = 0, turned: Tensor | None = None
+) -> Tensor:
+    """softmax(q kᵀ / √hs + M) with the mask i ≤ P + j, and those of a window and its sinks, see `rotary.visible`.
 
     q: (…, T, hs).  k: (…, S, hs).  at: where the queries stand, T positions from 0; the last T if left out.
-    Returns (…, T, S).
+    turned: the queries as the sinks see them, like q; q if left out.  Returns (…, T, S).
     """
     T, S = q.size(-2), k.size(-2)
     i = torch.arange(S, device=q.device)
     at = i[S - T :] if at is None else at
-    scores = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))
-    return scores.masked_fill(i > at[:, None], -math.inf).softmax(dim=-1)
+    scores = q @ k.transpose(-2, -1)
+    if turned is not None:
+        scores[..., :sinks] = turned @ k[..., :sinks, :].transpose(-2, -1)
+    return (scores / math.sqrt(k.size(-1))).masked_fill(~visible(at, i, window, sinks), -math.inf).softmax(dim=-1)
 
 # %% ../../nbs/tools/stepper/recording.ipynb #cell-14
 @dataclass(frozen=True)
@@ -143,11 +197,11 @@ class Cost:
 
 
 def predicted(trace: Trace, step: int, cache: bool = True):
-    "The `cost.StepCost` of a step, or None for a layer by itself and for a model that is not built as GPT-2 is."
+    "The `cost.StepCost` of a step, or None for a layer by itself and for a model of which too little is known."
     here = trace.steps[step - 1]
     if not (trace.vocab_size and trace.gpt):
         return None
-    config = GPTConfig(
+    config = trace.config or GPTConfig(
         n_layer=trace.n_layer, n_head=trace.n_head, n_embd=trace.n_embd,
         vocab_size=trace.vocab_size, block_size=max(trace.block_size, here.S),
     )  # fmt: skip
@@ -158,12 +212,13 @@ def step_cost(trace: Trace, step: int, cache: bool = True) -> Cost:
     "What a step costs, with the cache or without. step: from 1."
     here, counted = trace.steps[step - 1], predicted(trace, step, cache)
     row = 2 * trace.n_layer * trace.n_embd // trace.shared * trace.itemsize  # bytes: one token's keys and values
+    held = here.S if trace.window is None else min(here.S, trace.sinks + trace.window)
     return Cost(
         tokens=here.T if cache else here.S,
         macs=counted and counted.macs,
         bytes_moved=counted and counted.bytes,
-        cache_bytes_read=row * here.P * cache,
-        cache_bytes=row * here.S * cache,
+        cache_bytes_read=row * len(trace.read(step)) * cache,
+        cache_bytes=row * held * cache,
     )
 
 

@@ -3,8 +3,8 @@
 
 // What the page holds, by key: models of the kernel that is there, and steppers that are drawn.
 const hub = (globalThis.kvcacheSteppers ??= { models: new Map(), views: new Map() });
-const SAID = { new: "computed now", again: "computed again", read: "read from the cache", none: "not there yet" };
-const REST = ["new", "again", "read", "none"];
+const SAID = { new: "computed now", again: "computed again", read: "read from the cache", left: "out of sight", none: "not there yet" };
+const REST = ["new", "again", "read", "left", "none"];
 const quiet = matchMedia("(prefers-reduced-motion: reduce)");
 
 // An element: make("p.head", {id: "x"}, child, …). Names that begin with "on" are listeners.
@@ -95,6 +95,10 @@ class Stepper {
     return this.text.tokens.length ? this.trace.names[this.text.tokens[i]] : `x${i}`;
   }
 
+  ofHead(head) { // whose keys and values a head reads, where heads share them
+    return this.trace.shared > 1 ? ` of head ${Math.floor(head / this.trace.shared)}` : "";
+  }
+
   close() {
     this.pause();
     this.stop.abort();
@@ -139,7 +143,7 @@ class Stepper {
     this.why = make("p.why");
     this.strip = make("div.strip", { role: "img" });
     this.legend = make("div.legend", {}, ...REST.map((s) => make(`span.${s}`, {}, make(`i.state.${s}`), SAID[s])),
-      make("span.void", {}, make("b", {}, "✕"), "its cached row was thrown away"), make("span", {}, make("i.negative"), "negative"), make("span", {}, make("i.positive"), "positive"));
+      make("span.void", {}, make("b", {}, "✕"), trace.window === null ? "its cached row was thrown away" : "its row of the ring is written over"), make("span", {}, make("i.negative"), "negative"), make("span", {}, make("i.positive"), "positive"));
     this.rows = new Rows(this);
     this.side = new Side(this);
     this.race = new Race(this);
@@ -156,6 +160,7 @@ class Stepper {
     frame.classList.toggle("racing", s.race);
     frame.classList.toggle("still", !this.motion);
     frame.classList.toggle("slides", this.text.steps.some((each) => each.why)); // keeps room for the reason
+    frame.classList.toggle("ring", this.text.steps.some((each) => each.over.length));
     Object.assign(host.dataset, { step: s.step, layer: s.layer, head: s.head, cache: s.cache, text: s.text, read: s.cache ? step.P : 0, encoded: s.cache ? step.T : this.S });
     this.slider.min = s.race ? 0 : 1;
     this.slider.max = this.count;
@@ -175,7 +180,7 @@ class Stepper {
     this.states = this.trace.states(step, s.cache);
     this.shown = this.trace.visible(this.S);
     this.seen = this.trace.attention(s.text, step.run, s.layer, s.head, this.asker);
-    for (const kind of REST) this.legend.querySelector(`span.${kind}`).hidden = kind === (s.cache ? "again" : "read");
+    for (const kind of REST) this.legend.querySelector(`span.${kind}`).hidden = (s.cache ? ["again"] : ["read", "left"]).includes(kind) || (kind === "left" && this.trace.window === null);
     this.drawStrip();
     this.rows.draw(moved && this.motion);
     this.side.draw();
@@ -224,9 +229,11 @@ class Stepper {
   }
 
   arithmetic(i) {
-    const { q, scores, weights, most, sum } = this.seen, { step, trace, state: s } = this, j = this.asker;
+    const { turned, scores, weights, most, sum } = this.seen, { step, trace, state: s } = this, j = this.asker;
     const who = (n) => `“${shownName(this.name(step.start + n))}”`, line = (title, text) => make("div", {}, make("b", {}, title), text);
     if (i > j) return [make("p", {}, `Token ${step.start + i}, ${who(i)}, comes after token ${step.start + j}, ${who(j)}: masked, weight 0.`)];
+    if (!trace.sees(j, i)) return [make("p", {}, `Token ${step.start + i}, ${who(i)}, is out of sight of token ${step.start + j}, ${who(j)}, which sees ${trace.window} tokens${trace.sinks ? ` and the first ${trace.sinks}` : ""}: masked, weight 0.`)];
+    const q = i < trace.sinks ? turned : this.seen.q;
     const k = trace.row(s.text, step.run, 1, s.layer, s.head, i), v = trace.row(s.text, step.run, 2, s.layer, s.head, i);
     const few = (z, f) => Array.from(z.slice(0, 4), f).join(" + ") + (z.length > 4 ? " + …" : "");
     const signed = (x) => (x < 0 ? `(${short(x)})` : short(x));

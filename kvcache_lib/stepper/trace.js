@@ -27,13 +27,13 @@ class Trace {
     const Numbers = { float32: Float32Array, float16: Uint16Array, int8: Int8Array }[this.dtype];
     for (const text of this.texts) {
       text.data = text.runs.map((S) => {
-        const scale = this.dtype === "int8" ? take(Float32Array, 3 * this.n_layer * S * this.n_head) : null;
-        return { S, scale, raw: take(Numbers, 3 * this.n_layer * S * this.n_embd) };
+        const scale = this.dtype === "int8" ? take(Float32Array, this.kinds * this.n_layer * S * this.n_head) : null;
+        return { S, scale, raw: take(Numbers, this.kinds * this.n_layer * S * this.n_embd) };
       });
     }
   }
 
-  // {values, limit}: all rows of q, k or v (which: 0, 1, 2) of a layer, S × C, and the largest absolute value.
+  // {values, limit}: all rows of q, k or v (which: 0, 1, 2), or of q as the sinks see it (3), of a layer, S × C, and the largest absolute value.
   slice(t, run, which, layer) {
     const key = [t, run, which, layer].join();
     let found = this.slices.get(key);
@@ -58,21 +58,26 @@ class Trace {
     return this.slice(t, run, which, layer).values.subarray(start, start + this.hs);
   }
 
-  // The scores q·k / √hs and the weights of query j over the tokens 0 … j.
+  // Whether the query at row j looks at the key at row i.
+  sees(j, i) {
+    return i <= j && (this.window === null || i > j - this.window || i < this.sinks);
+  }
+
+  // The scores q·k / √hs and the weights of query j over the tokens 0 … j; 0 for those that it does not see.
   attention(t, run, layer, head, j) {
-    const q = this.row(t, run, 0, layer, head, j), scores = new Float64Array(j + 1), weights = new Float64Array(j + 1);
+    const q = this.row(t, run, 0, layer, head, j), turned = this.sinks ? this.row(t, run, 3, layer, head, j) : q, scores = new Float64Array(j + 1), weights = new Float64Array(j + 1);
     const keys = this.slice(t, run, 1, layer).values, root = Math.sqrt(this.hs);
     let most = -Infinity, sum = 0;
     for (let i = 0; i <= j; i++) {
       const start = i * this.n_embd + head * this.hs;
       let dot = 0;
-      for (let c = 0; c < this.hs; c++) dot += q[c] * keys[start + c];
-      scores[i] = dot / root;
+      for (let c = 0; c < this.hs; c++) dot += (i < this.sinks ? turned : q)[c] * keys[start + c];
+      scores[i] = this.sees(j, i) ? dot / root : -Infinity;
       most = Math.max(most, scores[i]);
     }
     for (let i = 0; i <= j; i++) sum += weights[i] = Math.exp(scores[i] - most);
     for (let i = 0; i <= j; i++) weights[i] /= sum;
-    return { q, scores, weights, most, sum };
+    return { q, turned, scores, weights, most, sum };
   }
 
   // The output of the head for these weights: hs numbers.
@@ -85,7 +90,8 @@ class Trace {
   // The state of each row of a step's window, and of the places that will be filled later.
   states(step, cache) {
     const before = cache ? (step.P ? "read" : "new") : "again", S = step.P + step.T;
-    return Array.from({ length: this.length }, (_, i) => (i >= S ? "none" : i < step.known ? before : "new"));
+    const old = (i) => (before === "read" && !this.sees(step.P, i) ? "left" : before);
+    return Array.from({ length: this.length }, (_, i) => (i >= S ? "none" : i < step.known ? old(i) : "new"));
   }
 
   // Which rows to show, null for a gap: the first three, then the newest. Always as many, whatever S.
