@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 MODELS = [
-    "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort",
+    "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "gpt", "sort",
     "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "direct", "fast", "corpus", "text", "kept",
     "rotary", "llama", "formats", "checkpoint",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
