@@ -16,7 +16,7 @@ from torch import Tensor
 from .buffer import _kind, _memory
 from .config import check_whole, resolved
 
-# %% ../nbs/15_paged.ipynb #cell-15
+# %% ../nbs/15_paged.ipynb #cell-16
 class PoolFull(RuntimeError):
     "There are fewer free pages than were asked for. Nothing has changed."
 
@@ -76,7 +76,7 @@ class Pages:
         if not self.users[page]:
             raise ValueError(f"page {page} is free: nobody holds it")
 
-# %% ../nbs/15_paged.ipynb #cell-20
+# %% ../nbs/15_paged.ipynb #cell-21
 class PageTable:
     """Where the tokens of one text lie.
 
@@ -106,14 +106,13 @@ class PageTable:
         shared = n > 0 and last < len(self.table) and pool.users[self.table[last]] > 1
         missing = -(-end // pool.page_size) - len(self.table)
         new = pool.take(missing + shared)
-        copied = None
+        old = None
         if shared:
-            copied = self.table[last], new.pop()
-            self.table[last] = copied[1]
-            pool.release(copied[0])
+            old, self.table[last] = self.table[last], new.pop()
+            pool.release(old)
         self.table += new
         self.length = end
-        return copied
+        return None if old is None else (old, self.table[last])
 
     def fork(self) -> "PageTable":
         "Another text that begins as this one does, in the same pages."
@@ -129,7 +128,7 @@ class PageTable:
             self.pool.release(page)
         self.table, self.length = [], 0
 
-# %% ../nbs/15_paged.ipynb #cell-29
+# %% ../nbs/15_paged.ipynb #cell-30
 class PagePool(Pages):
     """Pages of keys and values, for all layers of a model, in one tensor that all texts share.
 
@@ -197,7 +196,7 @@ class PagePool(Pages):
         B, S = (1, rows.size(0)) if rows.ndim == 1 else rows.shape
         return self.data[layer].index_select(1, rows.flatten()).unflatten(1, (B, S)).transpose(2, 3)
 
-# %% ../nbs/15_paged.ipynb #cell-32
+# %% ../nbs/15_paged.ipynb #cell-33
 class PagedLayer:
     "One layer of a text that is being extended."
 
@@ -292,25 +291,24 @@ class PagedText(PageTable):
             if done and copied is not None:
                 self.pool.release(copied[0])
             elif not done:
-                for page in self.table:
-                    if page not in before:
-                        self.pool.release(page)
+                for number in set(self.table).difference(before):
+                    self.pool.release(number)
                 self.table = before
 
     def fork(self) -> "PagedText":
         "A text that begins as this one does, in the same pages. Whoever writes into a shared page copies it first."
         self.check_room(0)
-        table, other = super().fork(), PagedText(self.pool)
-        other.table, other.length = table.table, table.length
-        return other
+        plain, text = super().fork(), PagedText(self.pool)
+        text.table, text.length = plain.table, plain.length
+        return text
 
     def crop(self, length: int) -> None:
         "Forget all but the first `length` tokens. Raises TypeError or ValueError unless 0 ≤ length ≤ self.length."
         length = check_whole("length", length, least=0, most=self.length)
         self.check_room(length)
         needed = -(-length // self.pool.page_size)
-        for page in self.table[needed:]:
-            self.pool.release(page)
+        for number in self.table[needed:]:
+            self.pool.release(number)
         self.table, self.length = self.table[:needed], length
 
     def free(self) -> None:
