@@ -52,6 +52,7 @@ EXERCISES = (
     Exercise(None, "10_text", {"whole_characters": "streaming.check_whole_characters"}, points=1, minutes=10),
     Exercise(4, "11_positions", {"ring_attention": "ring.check_ring"}, points=3, minutes=20, exports="rotary"),
     Exercise(None, "14_ragged", {"left_padded": "padding.check_left_padded"}, points=1, minutes=10),
+    Exercise(None, "17_scheduler", {"plan": "planning.check_plan"}, points=1, minutes=15),
 )
 COURSE = tuple(exercise for exercise in EXERCISES if not exercise.extra)
 PACKAGE = "my_kvcache"  # the learner's own
