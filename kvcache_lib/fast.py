@@ -103,7 +103,7 @@ class Block_fast(Block_kv):
         m = self.mlp
         c_fc, act = m["c_fc"], m["act"]
         if is_plain(act, NewGELU):
-            x = linear(x, c_fc, gelu=True)
+            x = F.gelu(linear(x, c_fc), approximate="tanh")
         else:
             x = act(linear(x, c_fc))
         return dropped(linear(x, m["c_proj"]), m["dropout"])

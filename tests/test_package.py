@@ -10,7 +10,7 @@ import pytest
 
 MODELS = [
     "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "weights", "mingpt", "attention", "block", "gpt", "sort",
-    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "direct", "fast", "corpus", "text", "kept",
+    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "kernels", "direct", "fast", "corpus", "text", "kept",
     "rotary", "llama", "formats", "checkpoint",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
