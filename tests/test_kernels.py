@@ -304,11 +304,14 @@ def test_inference_mode_and_default_devices_do_not_matter():
     with torch.inference_mode(), torch.device("meta"):
         y = direct.linear(x, linear)
     assert y.device.type == "cpu" and len(chosen()) == 1
+    assert [(m.device.type, m.dtype) for m in kernels._memory] == [("cpu", torch.float32)]
+    kernels._memory.clear()
     kernels.forget()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad():
             assert direct.linear(x, linear).dtype == torch.float32 and len(chosen()) == 1
+            assert kernels._memory[0].dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
