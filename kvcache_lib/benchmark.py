@@ -133,6 +133,10 @@ def main(argv=None) -> int:
     asked = (args.models, args.contexts, args.device, args.seconds)
 
     def work():
+        if args.serve:
+            from kvcache_lib.measure.serving import serving_files  # only here: it measures what comes much later
+
+            return serving_files(args.models, args.device, args.requests, args.rounds)
         if not args.ladder:
             return benchmark_files(*asked)
         from kvcache_lib.measure.ladder import ladder_files  # only here: it measures what comes later

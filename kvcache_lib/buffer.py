@@ -184,16 +184,18 @@ class KVBuffer:
                     f"{ours[b, place]}, and idx has {given[b, place]}"
                 )
 
-    def remember(self, idx: Tensor, P: int) -> None:
-        "Note which tokens the buffer holds now: those of idx, of which all but the first P are new."
+    def remember(self, idx: Tensor, P: int, first: int = 0) -> None:
+        "Note which tokens the buffer holds now: those of idx, from position `first` on, of which all from P on are new."
         if self._tokens.is_meta or torch.compiler.is_compiling():
             self._known = 0
             return
-        known, t = min(P, self._known), idx.size(1)
+        known, t = min(P, self._known), first + idx.size(1)
+        if known < first:
+            return  # a gap: what follows it is not noted
         for row, start, n in self._runs(t):
             new = max(start, known) - start  # what lies before it is noted already
             if new < n:
-                self._tokens.narrow(1, row + new, n - new).copy_(idx.narrow(1, start + new, n - new))
+                self._tokens.narrow(1, row + new, n - new).copy_(idx.narrow(1, start + new - first, n - new))
         self._known = t
 
     def reserve(self, tokens: int) -> None:

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CausalSelfAttention_kv, LayerCache
+from .attention import CausalSelfAttention_kv
 from .block import Block_kv
 from .buffer import KVBuffer
 from .direct import dropped, is_plain, linear, normed
 from .gpt import GPT_kv, KVCache, check_longer
 from .mingpt import NewGELU
+from .ragged import Packed, PackedLayer, generate_packed
 
 _all_ = ["KVBuffer", "dropped", "is_plain", "linear", "normed"]
 
@@ -36,7 +37,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
-# %% ../nbs/09_fast.ipynb #cell-26
+# %% ../nbs/09_fast.ipynb #cell-28
 class CausalSelfAttention_fast(CausalSelfAttention_kv):
     "CausalSelfAttention_kv with fused attention, and a cache that may be a part of a KVBuffer."
 
@@ -48,21 +49,24 @@ class CausalSelfAttention_fast(CausalSelfAttention_kv):
             return super().attend(q, k, v, mask)
         return self.mix(*(z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in (q, k, v)))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        "q: (B, nh, T, hs).  k, v: (B, nh, S, hs).  Returns (B, T, C)."
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedLayer | None = None) -> Tensor:
+        "q: (B, nh, T, hs).  k, v: (B, nh, S, hs), or the new ones of packed texts, (1, nh, T, hs).  Returns (B, T, C)."
         m: Any = self._modules  # quicker than an attribute
         dropout = m["attn_dropout"]
-        y = fused_attention(q, k, v, dropout.p if dropout.training else 0.0)
+        p = dropout.p if dropout.training else 0.0
+        if packed is None:
+            y = fused_attention(q, k, v, p)
+        else:
+            y = packed.attend(k, v, lambda _, q, k, v: fused_attention(q, k, v, p), q)
         return dropped(linear(y.transpose(1, 2).flatten(2), m["c_proj"]), m["resid_dropout"])
 
-    def forward(
-        self, x: Tensor, kv_cache: LayerCache | Tensor = None
-    ) -> tuple[Tensor, list[Tensor] | Tensor]:
+    def forward(self, x: Tensor, kv_cache: Any = None) -> tuple[Tensor, Any]:
         """As in CausalSelfAttention_kv: `(y, kv_cache)`.
 
-        kv_cache may also be this layer's part of a KVBuffer, (2, B, nh, P+T, hs): its last T rows are written.
+        kv_cache may also be this layer's part of a KVBuffer, (2, B, nh, P+T, hs): its last T rows are written. Or a
+        PackedLayer: x, (1, N, C), is of many texts then.
         """
-        if not isinstance(kv_cache, Tensor):
+        if not isinstance(kv_cache, Tensor) and not hasattr(kv_cache, "attend"):
             return super().forward(x, kv_cache)
         B, T, _ = x.shape
         this: Any = type(self)
@@ -75,25 +79,31 @@ class CausalSelfAttention_fast(CausalSelfAttention_kv):
             qkv = (
                 linear(x, m["c_attn"]).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
             )  # (3, B, nh, T, hs)
+            if not isinstance(kv_cache, Tensor):
+                return self.mix(qkv[0], qkv[1], qkv[2], kv_cache), kv_cache
             kv_cache[:, :, :, -T:] = qkv[1:]
             return self.mix(qkv[0], *kv_cache.unbind(0)), kv_cache
         q, *new = self.project(x)  # a subclass has another: then the same in the exercise's layout
-        for old, z in zip(kv_cache, new):
-            old[:, :, -T:] = z.unflatten(2, (self.n_head, -1)).transpose(1, 2)
-        k, v = (z.transpose(1, 2).flatten(2) for z in kv_cache)  # (B, S, C)
-        S = k.size(1)
-        return self.attend(q, k, v, mask=self.bias[:, :, S - T : S, :S]), kv_cache
+        k, v = (z.unflatten(2, (self.n_head, -1)).transpose(1, 2) for z in new)
+        if not isinstance(kv_cache, Tensor):
+            return kv_cache.attend(k, v, lambda _, *qkv: self._attend_heads(*qkv), q, dim=1), kv_cache
+        kv_cache[0][:, :, -T:], kv_cache[1][:, :, -T:] = k, v
+        return self._attend_heads(q, *kv_cache.unbind(0)), kv_cache
 
-# %% ../nbs/09_fast.ipynb #cell-28
+    def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        "What `attend` makes of q, (B, T, C), and k and v, (B, nh, S, hs)."
+        S = k.size(2)
+        mask = self.bias[:, :, S - q.size(1) : S, :S]
+        return self.attend(q, k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2), mask=mask)
+
+# %% ../nbs/09_fast.ipynb #cell-30
 class Block_fast(Block_kv):
     "Block_kv with a fused GELU, and no calls of plain layers."
 
     attention_class = CausalSelfAttention_fast
 
-    def forward(
-        self, x: Tensor, kv_cache: LayerCache | Tensor = None
-    ) -> tuple[Tensor, LayerCache | Tensor]:
-        "As in Block_kv; kv_cache may also be this layer's part of a KVBuffer."
+    def forward(self, x: Tensor, kv_cache: Any = None) -> tuple[Tensor, Any]:
+        "As in Block_kv; kv_cache may also be this layer's part of a KVBuffer, or a PackedLayer."
         m: Any = self._modules
         a, kv_cache = m["attn"](normed(x, m["ln_1"]), kv_cache)
         x = x + a
@@ -103,12 +113,12 @@ class Block_fast(Block_kv):
         m = self.mlp
         c_fc, act = m["c_fc"], m["act"]
         if is_plain(act, NewGELU):
-            x = linear(x, c_fc, gelu=True)
+            x = F.gelu(linear(x, c_fc), approximate="tanh")
         else:
             x = act(linear(x, c_fc))
         return dropped(linear(x, m["c_proj"]), m["dropout"])
 
-# %% ../nbs/09_fast.ipynb #cell-30
+# %% ../nbs/09_fast.ipynb #cell-32
 class GPT_fast(GPT_kv):
     """GPT_kv with fused operations and a cache that is written in place. Weights, configuration and results are the same.
 
@@ -149,16 +159,19 @@ class GPT_fast(GPT_kv):
                 f"expected a buffer of {text.format(*want)}, got one of {text.format(*got)}"
             )
 
-    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
+    def embed(self, idx: Tensor, start: int | Tensor = 0) -> Tensor:
+        "As in GPT; start may also say where each token stands, (T,)."
         m = self.transformer._modules
         wpe = m["wpe"]
+        if isinstance(start, Tensor):
+            return dropped(self.embed_tokens(idx) + wpe(start), m["drop"])
         if not is_plain(wpe, nn.Embedding) or wpe.max_norm is not None:
             return super().embed(idx, start)
         positions = wpe._parameters["weight"][start : start + idx.size(1)]  # they lie side by side
         return dropped(self.embed_tokens(idx) + positions, m["drop"])
 
-    def encode(self, x: Tensor, layers: Any, buffer: KVBuffer) -> Tensor:
-        "Through all blocks: (B, T, C) → (B, T, C).  layers: what `buffer.extend(T)` gives."
+    def encode(self, x: Tensor, layers: Any, buffer: KVBuffer | Packed) -> Tensor:
+        "Through all blocks: (B, T, C) → (B, T, C).  layers: what `buffer.extend(T)` gives, or those of packed texts."
         for block, layer in zip(self.transformer.h, layers):
             x, _ = block(x, layer)
         return x
@@ -236,7 +249,10 @@ class GPT_fast(GPT_kv):
 
         The end is known, so the buffer is allocated once. Past the block size, each step encodes the last
         block_size tokens afresh.  more: see `GPT.continue_text`.
+        A list of prompts of unequal length: all texts are continued in one packed step, see `generate_packed`.
         """
+        if isinstance(idx, (list, tuple)):
+            return generate_packed(self, idx, max_new_tokens, temperature, do_sample, top_k, **more)
         buffers: list[KVBuffer] = []  # made at the first step, when the arguments have been checked
 
         def next_logits(text: Tensor) -> Tensor:

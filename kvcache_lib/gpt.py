@@ -15,6 +15,7 @@ from torch import Tensor
 from .attention import LayerCache, cache_length
 from .block import Block_kv
 from .mingpt import GPT, check_generation, next_token
+from .prompts import each_prompt
 
 # %% ../nbs/04_gpt.ipynb #cell-7
 KVCache: TypeAlias = Sequence[LayerCache]  # one entry for each layer: None or [k, v]
@@ -94,6 +95,7 @@ class GPT_kv(GPT):
         logits, loss = self.predict(x, None if targets is None else targets[:, P:])
         return (logits, loss) if kv_cache is None else (logits, loss, new_cache)
 
+    @each_prompt  # a list of prompts of unequal length: each by itself, see notebook 14
     def generate_kv(
         self,
         idx: Tensor,
@@ -107,6 +109,7 @@ class GPT_kv(GPT):
 
         When it is longer than block_size, each step encodes the last block_size tokens afresh.
         more: eos_token, generator and stream; for these and for errors, see `GPT.continue_text`.
+        For lists of prompts, see `each_prompt`.
         """
         kv_cache: list = [None] * self.n_layer
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .buffer import KVBuffer
 from .config import UNSET, CacheSizes, GPTConfig, check_memory, check_number, check_whole, resolved
 from .fast import GPT_fast, linear, normed
+from .ragged import Packed, PackedLayer
 from .rotary import rotate, rotation, sink_attention, visible
 
 # %% ../nbs/12_llama.ipynb #cell-5
@@ -84,8 +85,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     """
     T = q.size(2)
     if T == 1 and mask is None:  # the heads that share keys are queries that see all of them
-        y = F.scaled_dot_product_attention(q.unflatten(1, (k.size(1), -1)).squeeze(3), k, v)
-        return y.flatten(1, 2).unsqueeze(2)
+        y = F.scaled_dot_product_attention(q.view(k.size(0), k.size(1), -1, k.size(3)), k, v)
+        return y.reshape(q.shape)
     shared = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=shared)
 
@@ -137,7 +138,7 @@ class Place(NamedTuple):
     "Where the T new tokens of a step stand: what all layers share."
 
     rotation: tuple[Tensor, Tensor]  # (T, hs) each
-    mask: Tensor | None  # (T, S), True where a token may look; None: causal, all of it
+    masks: list[Tensor | None]  # of each text, (T, S), True where a token may look; None: causal, all of it
     rows: slice  # where among the S rows theirs are
     turned: tuple[Tensor, Tensor] | None  # the rotation of queries that look at sinks which have come nearer
 
@@ -149,22 +150,28 @@ class GroupedAttention(GroupedAttention_kv):
         super().__init__(config)
         self.sinks = config.sinks
 
-    def forward(self, x: Tensor, place: Place, kv_cache: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, place: Place, kv_cache: Tensor | PackedLayer | None = None) -> Tensor:
         """Attend from the new tokens over the cached ones and themselves.
 
         x: (B, T, C).  kv_cache: None, or this layer's part of a KVBuffer, (2, B, n_kv_head, S, hs): their rows are
-        written. The keys that it holds are rotated.
+        written. The keys that it holds are rotated. Or a PackedLayer: x, (1, N, C), is of many texts then.
         """
-        nh, nkv = self.n_head, self.n_kv_head
-        qkv = linear(x, self.c_attn).unflatten(2, (nh + 2 * nkv, -1)).transpose(1, 2)  # (B, nh + 2 · nkv, T, hs)
-        qk, v = qkv.split([nh + nkv, nkv], dim=1)
+        (B, T, _), nh, nkv = x.shape, self.n_head, self.n_kv_head
+        qkv = linear(x, self.c_attn).view(B, T, nh + 2 * nkv, -1).transpose(1, 2)  # (B, nh + 2 · nkv, T, hs)
+        qk, v = qkv[:, : nh + nkv], qkv[:, nh + nkv :]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([normed(qk[:, :nh], self.q_norm), normed(qk[:, nh:], self.k_norm)], dim=1)
         turned = None if place.turned is None else rotate(qk[:, :nh], *place.turned)
-        q, k = rotate(qk, *place.rotation).split([nh, nkv], dim=1)  # both at once
+        qk = rotate(qk, *place.rotation)  # both at once
+        q, k = qk[:, :nh], qk[:, nh:]
+        if kv_cache is not None and not isinstance(kv_cache, Tensor):
+            queries = (q,) if turned is None else (q, turned)
+            y = kv_cache.attend(k, v, lambda b, *qkv: self.mix(place.masks[b], *qkv), *queries)
+            return linear(y.transpose(1, 2).flatten(2), self.c_proj)
         if kv_cache is not None:
-            kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
-            k, v = kv_cache.unbind(0)  # (B, nkv, S, hs)
+            keys, values = kv_cache.unbind(0)  # (B, nkv, S, hs)
+            keys[:, :, place.rows], values[:, :, place.rows] = k, v
+            k, v = keys, values
         return self.attend(q, turned, k, v, place)
 
     def attend(self, q: Tensor, turned: Tensor | None, k: Tensor, v: Tensor, place: Place) -> Tensor:
@@ -172,11 +179,13 @@ class GroupedAttention(GroupedAttention_kv):
 
         q: (B, n_head, T, hs).  turned: the same as the sinks see it, or None.  k, v: (B, n_kv_head, S, hs).
         """
-        if turned is None:
-            y = grouped_attention(q, k, v, place.mask)
-        else:
-            y = sink_attention(q, turned, k, v, place.mask, self.sinks)
+        y = self.mix(place.masks[0], *((q, k, v) if turned is None else (q, turned, k, v)))
         return linear(y.transpose(1, 2).flatten(2), self.c_proj)
+
+    def mix(self, mask: Tensor | None, q: Tensor, *more: Tensor) -> Tensor:
+        "Attention of one text, or of a batch. more: k and v; before them q as the sinks see it, if that differs."
+        *turned, k, v = more
+        return sink_attention(q, turned[0], k, v, mask, self.sinks) if turned else grouped_attention(q, k, v, mask)
 
 # %% ../nbs/12_llama.ipynb #cell-24
 class SwiGLU(nn.Module):
@@ -202,7 +211,7 @@ class LlamaBlock(nn.Module):
         self.ln_2 = nn.RMSNorm(config.n_embd, config.eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, place: Place, kv_cache: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, place: Place, kv_cache: Tensor | PackedLayer | None = None) -> Tensor:
         "kv_cache: as in GroupedAttention."
         x = x + self.attn(normed(x, self.ln_1), place, kv_cache)
         return x + self.mlp(normed(x, self.ln_2))
@@ -236,31 +245,37 @@ class Llama(GPT_fast):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+        self.draw_weights()
 
-    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
+    def embed(self, idx: Tensor, start: int | Tensor = 0) -> Tensor:
         "Tokens (B, T) → (B, T, C). Where they stand is the attention's business."
         return self.embed_tokens(idx)
 
-    def place(self, T: int, buffer: KVBuffer | None) -> Place:
-        "Where the T tokens stand that follow those in the buffer, and what they see."
-        c, P = self.config, 0 if buffer is None else buffer.length
-        w = self.weight_like()
-        at = torch.arange(P, P + T, device=w.device)
-        wide = c.window is None or P + T <= c.window  # nobody is out of sight
-        mask = None
-        if T > 1 and not (wide and P == 0):
-            mask = visible(at, at if buffer is None else buffer.positions(T), c.window, c.sinks)
+    def place(self, T: int, buffer: KVBuffer | Packed | None) -> Place:
+        "Where the T tokens stand that follow those in the buffer, or in those of packed texts, and what they see."
+        c, w = self.config, self.weight_like()
+        texts: Any  # (P, n, cache) of each
+        if buffer is None or isinstance(buffer, KVBuffer):
+            P = 0 if buffer is None else buffer.length
+            at, texts = torch.arange(P, P + T, device=w.device), [(P, T, buffer)]
+            rows = slice(P, P + T) if buffer is None or buffer.rows is None else buffer.rows
+        else:
+            at, texts, rows = buffer.positions, buffer.texts, slice(0)
         turned = None
-        if c.sinks and P + T > c.sinks + c.window:
+        if c.sinks and any(P + n > c.sinks + c.window for P, n, _ in texts):
             turned = rotation(at.clamp(max=c.sinks + c.window - 1), c.head_size, c.theta, w.dtype)
-        rows = slice(P, P + T) if buffer is None or buffer.rows is None else buffer.rows
-        return Place(rotation(at, c.head_size, c.theta, w.dtype), mask, rows, turned)
+        masks: list[Tensor | None] = []
+        for P, n, cache in texts:
+            wide = c.window is None or P + n <= c.window  # nobody is out of sight
+            if n == 1 or (wide and P == 0 and turned is None):
+                masks.append(None)
+            else:
+                own = torch.arange(P, P + n, device=w.device)
+                keys = cache.positions(n) if isinstance(cache, KVBuffer) else torch.arange(P + n, device=w.device)
+                masks.append(visible(own, keys, c.window, c.sinks))
+        return Place(rotation(at, c.head_size, c.theta, w.dtype), masks, rows, turned)
 
-    def encode(self, x: Tensor, layers: Any, buffer: KVBuffer | None = None) -> Tensor:
+    def encode(self, x: Tensor, layers: Any, buffer: KVBuffer | Packed | None = None) -> Tensor:
         place = self.place(x.size(1), buffer)
         for block, layer in zip(self.transformer.h, layers):
             x = block(x, place, layer)

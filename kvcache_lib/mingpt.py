@@ -9,6 +9,7 @@ __all__ = ['CausalSelfAttention', 'NewGELU', 'Block', 'next_token', 'Writer', 'G
 
 # %% ../nbs/01_mingpt.ipynb #cell-2
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -159,8 +160,7 @@ class Writer(Plumbing):
         check_generation(
             idx, max_new_tokens, temperature, top_k, self.config.vocab_size, do_sample, eos_token, generator
         )
-        if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules()):
-            warnings.warn("generating with dropout: call model.eval() first", stacklevel=3)
+        self.warn_of_dropout()
 
         @torch.no_grad()
         def tokens(text: Tensor) -> Iterator[Tensor]:
@@ -176,6 +176,14 @@ class Writer(Plumbing):
                     return
 
         return tokens(idx) if stream else torch.cat([idx, *tokens(idx)], dim=1)
+
+    def warn_of_dropout(self) -> None:
+        "Warn who called `generate` if dropout is on."
+        if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules()):
+            level, frame = 1, sys._getframe()
+            while frame.f_back and frame.f_globals.get("__name__", "").startswith("kvcache_lib."):
+                level, frame = level + 1, frame.f_back
+            warnings.warn("generating with dropout: call model.eval() first", stacklevel=level)
 
 # %% ../nbs/01_mingpt.ipynb #cell-42
 class GPT(Writer):
@@ -204,11 +212,15 @@ class GPT(Writer):
             )
         )
         self.lm_head = nn.Linear(C, V, bias=False)
+        self.draw_weights()
+        self._share_mask()
+
+    def draw_weights(self) -> None:
+        "Draw all weights at random, as in GPT-2: those that write to the residual stream are smaller the more layers there are."
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-        self._share_mask()
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.n_layer))
 
     @staticmethod
     def get_default_config() -> GPTConfig:

@@ -30,14 +30,19 @@ def arguments(argv, models, contexts) -> argparse.Namespace:
     add("--ladder", action="store_true",
         help="measure the fast GPT of notebook 09 beside transformers and a floor; about twenty minutes, 8 GB")
     add("--compiled", action="store_true", help="with --ladder: also with torch.compile")
-    add("--out", help="the results file, default benchmark_results.txt or ladder_results.txt; a .json is written beside it")
+    add("--serve", action="store_true",
+        help="serve many requests at once, as in notebook 17, beside transformers; about six minutes, 4 GB")
+    add("--requests", type=int, help="with --serve: how many arrive (32)")
+    add("--rounds", type=int, help="with --serve: how often each way of serving gets them (2)")
+    add("--out", help="the results file, default benchmark_results.txt, ladder_results.txt or serve_results.txt; a .json is written beside it")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--models", nargs="+", default=models, metavar="MODEL", help="default: %(default)s")
     add("--contexts", nargs="+", default=contexts, type=int, metavar="T", help="default: %(default)s")
     add("--seconds", default=5.0, type=float,
         help="for each model and context, with --ladder for each group (default: %(default)s)")
     args = parser.parse_args(argv)
-    default, kinds = ("ladder_results.txt", ("json", "svg")) if args.ladder else ("benchmark_results.txt", ("json",))
+    name = "ladder" if args.ladder else "serve" if args.serve else "benchmark"
+    default, kinds = f"{name}_results.txt", ("json",) if name == "benchmark" else ("json", "svg")
     out = Path(default if args.out is None else args.out)
     args.paths = [out, *(out.parent / f"{out.stem}.{kind}" for kind in kinds)]
     args.error = parser.error
@@ -45,6 +50,13 @@ def arguments(argv, models, contexts) -> argparse.Namespace:
         parser.error(f"expected --out not to end on {out.suffix}, which is written beside it, got {out}")
     if args.compiled and not args.ladder:
         parser.error("expected --compiled together with --ladder")
+    if args.serve and (args.ladder or list(args.contexts) != list(contexts) or args.seconds != 5.0):
+        parser.error("expected --serve without --ladder, --contexts and --seconds: its requests have lengths of their own")
+    for option, usual in (("requests", 32), ("rounds", 2)):
+        if getattr(args, option) is None:
+            setattr(args, option, usual)
+        elif not args.serve:
+            parser.error(f"expected --{option} together with --serve")
     return args
 
 # %% ../../nbs/tools/measure/command.ipynb #cell-7

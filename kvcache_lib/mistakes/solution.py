@@ -9,6 +9,7 @@ __all__ = ['ATTENTION', 'WRITTEN_OUT', 'BLOCK', 'MODEL', 'Mistake', 'written']
 import linecache
 import math
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -131,13 +132,13 @@ class Mistake:
 
 
 def written(source: str, name: str = "right"):
-    "The class that `source` defines. It builds on right solutions of the exercises before."
+    "The class or the function that `source` defines, the first of them. It builds on right solutions of the exercises before."
     namespace = dict(_RIGHT, __name__=__name__)
     file = f"<{name}>"
     lines = source.splitlines(keepends=True)
     linecache.cache[file] = len(source), None, lines, file  # so that a traceback shows them
     exec(compile(source, file, "exec"), namespace)
-    return next(z for n, z in namespace.items() if isinstance(z, type) and z is not _RIGHT.get(n))
+    return next(z for n, z in namespace.items() if isinstance(z, (type, FunctionType)) and z is not _RIGHT.get(n))
 
 
 _RIGHT = dict(torch=torch, math=math, F=F, Tensor=Tensor, next_token=next_token, GPT=GPT, Block=Block)
