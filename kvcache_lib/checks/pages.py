@@ -149,10 +149,7 @@ def judge_append(old: State, new: State, text: int, n: int) -> None:
         if new.returned != "full":
             wrong("the pool has too few free pages, and append went on: let PoolFull through")
         if (new.tables, new.lengths, new.users, new.free) != (old.tables, old.lengths, old.users, old.free):
-            wrong(
-                "the pool was full, and something has changed all the same: take all pages in one call, before anything else",
-                "new = self.pool.take(missing + shared)",
-            )
+            wrong("the pool was full, and something has changed all the same: take all pages in one call, before anything else", "new = self.pool.take(missing + shared)")
         return
     if new.returned == "full":
         wrong(f"append asks for more pages than it needs: {missing + shared}, and {old.free} are free")
