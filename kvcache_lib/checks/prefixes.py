@@ -144,7 +144,7 @@ def judge_lookup(tokens: list, expected: list, seen: list) -> None:
     table, length, users, used = seen
     wrong = partial(_wrong, example=f"{tokens} gives a text of {length} tokens in pages {table}, expected {SIZE * len(expected)} in {expected}")
     if any(isinstance(z, str) for z in table):
-        wrong("a table holds the numbers of pages", "text.table.append(known.page)")
+        wrong("a table holds the numbers of pages", "[known.page for known in chain]")
     if len(table) * SIZE == len(tokens):
         wrong("the whole prompt is found, and no token is left to encode: there would be no logits", "self.find(tokens[:-1])")
     if table != expected:
