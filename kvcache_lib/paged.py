@@ -157,6 +157,7 @@ class PagePool(Pages):
             )
         self.limit: int = config.block_size  # the longest text
         self.data = _memory((config.n_layer, 2, rows, sizes.n_head, sizes.head_size), *_kind(dtype, device))
+        self._gathered = self.data.new_empty(2, 0, 0)
         super().__init__(pages, page_size)
 
     @classmethod
