@@ -45,9 +45,9 @@ class Pages:
         "How many pages nobody holds."
         return len(self._free)
 
-    def new_text(self) -> "PageTable":
-        "The table of an empty text."
-        return PageTable(self)
+    def new_text(self, table: Sequence[int] = (), length: int = 0) -> "PageTable":
+        "The table of a text that holds these pages, which count it already; of an empty one, without."
+        return PageTable(self, table, length)
 
     def take(self, n: int) -> list[int]:
         "The numbers of n free pages, each with one user now. Raises PoolFull if there are fewer."
@@ -84,10 +84,8 @@ class PageTable:
     table: the numbers of the pages that hold the text, in its order.  length: its tokens.
     """
 
-    def __init__(self, pool: Pages):
-        self.pool = pool
-        self.table: list[int] = []
-        self.length = 0
+    def __init__(self, pool: Pages, table: Sequence[int] = (), length: int = 0):
+        self.pool, self.table, self.length = pool, list(table), length
 
     def place(self, position: int) -> tuple[int, int]:
         "Where the token at a position lies: (the number of its page, the row in that page). Both count from 0."
@@ -116,11 +114,9 @@ class PageTable:
 
     def fork(self) -> "PageTable":
         "Another text that begins as this one does, in the same pages."
-        other = PageTable(self.pool)
-        other.table, other.length = list(self.table), self.length
         for page in self.table:
             self.pool.share(page)
-        return other
+        return PageTable(self.pool, self.table, self.length)
 
     def free(self) -> None:
         "Hold no page any more. The text is empty then."
@@ -184,9 +180,9 @@ class PagePool(Pages):
     def __bool__(self) -> bool:
         return True
 
-    def new_text(self) -> "PagedText":
-        "An empty text. It takes its pages when it needs them."
-        return PagedText(self)
+    def new_text(self, table: Sequence[int] = (), length: int = 0) -> "PagedText":
+        "An empty text. It takes its pages when it needs them. Or one that holds these, which count it already."
+        return PagedText(self, table, length)
 
     def gather(self, layer: int, rows: Tensor) -> Tensor:
         """The keys and values of these rows, next to each other: a copy.
@@ -223,8 +219,8 @@ class PagedText(PageTable):
 
     pool: PagePool
 
-    def __init__(self, pool: PagePool):
-        super().__init__(pool)
+    def __init__(self, pool: PagePool, table: Sequence[int] = (), length: int = 0):
+        super().__init__(pool, table, length)
         self._extending = False
         self._indexed: list[int] = []  # the table that `_index` was made for
         self._index = torch.empty(0, dtype=torch.int64, device=pool.data.device)
@@ -298,9 +294,8 @@ class PagedText(PageTable):
     def fork(self) -> "PagedText":
         "A text that begins as this one does, in the same pages. Whoever writes into a shared page copies it first."
         self.check_room(0)
-        plain, text = super().fork(), PagedText(self.pool)
-        text.table, text.length = plain.table, plain.length
-        return text
+        plain = super().fork()
+        return self.pool.new_text(plain.table, plain.length)
 
     def crop(self, length: int) -> None:
         "Forget all but the first `length` tokens. Raises TypeError or ValueError unless 0 ≤ length ≤ self.length."

@@ -100,12 +100,9 @@ class PrefixCache:
         tokens = whole_numbers(tokens)
         chain = self.find(tokens[:-1])
         self.touch(chain)
-        begun = self.pool.new_text()
         for known in chain:
             self.pool.share(known.page)
-            begun.table.append(known.page)
-        begun.length = len(chain) * self.pool.page_size
-        return begun
+        return self.pool.new_text([known.page for known in chain], len(chain) * self.pool.page_size)
 
     def evict(self, n: int) -> int:
         "Forget up to n pages that nobody but the cache holds, the least recently used first. Returns how many."

@@ -130,6 +130,8 @@ def judge_find(hash_name: str, tokens: list, expected: list, seen: list) -> None
     if got == expected[: len(got)] and len(got) < len(expected):
         if len(tokens) == SIZE * len(expected):
             wrong("the last page is full and known, and is not found: off by one at the end", "range(size, len(tokens) + 1, size)")
+        if hash_name != "hash" and not asked:
+            wrong("the keys are made by another hash than the cache's own", "page_key(before, own, self.hash_of)")
         if hash_name != "hash":
             wrong("of several pages with one key only one is looked at: go through all of them", "for z in self.found.get(key, [])")
     wrong("find gives other pages", "")
@@ -142,7 +144,7 @@ def judge_lookup(tokens: list, expected: list, seen: list) -> None:
     table, length, users, used = seen
     wrong = partial(_wrong, example=f"{tokens} gives a text of {length} tokens in pages {table}, expected {SIZE * len(expected)} in {expected}")
     if any(isinstance(z, str) for z in table):
-        wrong("a table holds the numbers of pages", "text.table.append(known.page)")
+        wrong("a table holds the numbers of pages", "[known.page for known in chain]")
     if len(table) * SIZE == len(tokens):
         wrong("the whole prompt is found, and no token is left to encode: there would be no logits", "self.find(tokens[:-1])")
     if table != expected:
