@@ -68,7 +68,7 @@ def _made_by_mistake(tensors: dict[str, Tensor], layer: int, ours: str) -> Itera
     "`(words, tensor)`: what a mistake would put in the place of a weight."
     expected = right(tensors, layer)
     if expected[ours].ndim == 2:
-        stored = "GPT-2 stores it as (in, out)" if f"transformer.h.{layer}.{ours}" in tensors else "a Llama's matrices are stored as (out, in), as ours"
+        stored = "GPT-2 stores it as (in, out), ours is (out, in)" if f"transformer.h.{layer}.{ours}" in tensors else "a Llama's matrices are stored as (out, in), as ours"
         yield f"{ours} is transposed: {stored}", expected[ours].T
     if ours in LLAMA and len(LLAMA[ours]) > 1 and f"model.layers.{layer}.input_layernorm.weight" in tensors:
         parts = {name.rpartition(".")[2]: tensors[f"model.layers.{layer}.{name}.weight"] for name in LLAMA[ours]}
