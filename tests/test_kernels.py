@@ -1,5 +1,6 @@
 """The product with the weights that is chosen: by an injected clock, once, with F.linear where nothing is to be chosen."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from kvcache_lib.fast import GPT_fast
 from kvcache_lib.mingpt import GPTConfig
 
 WIDE = (512, 768)  # in, out: above the bound
+STANDINS = kernels.STANDINS
 needs_onednn = pytest.mark.skipif(kernels._onednn_linear is None, reason="PyTorch without oneDNN")
 here = [name for name in kernels.KERNELS if name != "onednn" or kernels._onednn_linear is not None]
 
 
 @pytest.fixture(autouse=True)
-def clean():
-    "Each test begins with nothing chosen, and measures, whatever the environment says."
+def clean(monkeypatch):
+    "Each test begins with nothing chosen, and measures, whatever the environment says, over little memory."
+    monkeypatch.setattr(kernels, "STANDINS", 2**22)
     with kernels.use("measured"):
         kernels.forget()
         yield
@@ -91,7 +94,8 @@ def test_a_product_is_preferred_only_by_a_clear_margin(race, seconds, want):
     assert chosen() == [want]
 
 
-def test_it_is_measured_once_in_turns_over_weights_that_are_not_in_the_cache(race):
+def test_it_is_measured_once_in_turns_over_weights_that_are_not_in_the_cache(race, monkeypatch):
+    monkeypatch.setattr(kernels, "STANDINS", STANDINS)
     calls = race(plain=1.0, weights_first=0.5)
     linear = layer()
     ask(linear)
@@ -104,7 +108,7 @@ def test_it_is_measured_once_in_turns_over_weights_that_are_not_in_the_cache(rac
     size = 4 * WIDE[0] * WIDE[1]
     assert len(set(places)) == len(places) and max(places) - min(places) >= (len(places) - 1) * size
     assert linear.weight.data_ptr() not in places
-    assert 4 * kernels.STANDINS // size * size >= 60 * 2**20  # what passes by before one has its turn again
+    assert 4 * STANDINS // size * size >= 60 * 2**20  # what passes by before one has its turn again
     del calls[:]
     ask(layer())  # another layer of the same shape
     assert [call[0] for call in calls] == ["weights_first"] and kernels._memory == []  # and the memory is given back
@@ -362,24 +366,20 @@ def test_other_names_are_refused(bad):
     assert kernels._fixed == "measured"
 
 
-PROGRAM = """
-import torch
-from kvcache_lib.direct import kernels, linear
-torch.manual_seed(0)
-layer, x = torch.nn.Linear(512, 768), torch.randn(1, 512)
-with torch.no_grad():
-    print(torch.equal(linear(x, layer), layer(x)), len(kernels()))
-"""
-
-
-def run(program, **env):
-    return subprocess.run([sys.executable, "-c", program], env=os.environ | env, capture_output=True, text=True, timeout=120)
-
-
-def test_the_environment_fixes_it():
-    assert run(PROGRAM, KVCACHE_KERNELS="plain").stdout == "True 0\n"
-    bad = run(PROGRAM, KVCACHE_KERNELS="quickest")
-    assert bad.returncode == 1 and "expected the product of weights and rows to be one of measured, plain" in bad.stderr
+@pytest.mark.parametrize("name", ["plain", "", "quickest"])
+def test_the_environment_fixes_it(monkeypatch, name):
+    monkeypatch.setenv("KVCACHE_KERNELS", name)
+    spec = importlib.util.spec_from_file_location("kvcache_lib._kernels_again", kernels.__file__)
+    again = importlib.util.module_from_spec(spec)
+    if name == "quickest":
+        with pytest.raises(ValueError, match="expected the product of weights and rows to be one of measured, plain, .*got 'quickest'"):
+            spec.loader.exec_module(again)
+    else:
+        spec.loader.exec_module(again)
+        linear, x = layer(), torch.randn(1, 512)
+        with torch.no_grad():
+            assert torch.equal(again.product(x, linear.weight, linear.bias), linear(x)) or not name
+        assert again._fixed == (name or "measured") and len(again.kernels()) == (not name)
 
 
 FORKED = """
@@ -402,5 +402,6 @@ with torch.no_grad():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_counts_on_no_threads_of_its_parent():
-    done = run(FORKED, KVCACHE_KERNELS="")
+    env = os.environ | {"KVCACHE_KERNELS": ""}
+    done = subprocess.run([sys.executable, "-c", FORKED], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout == "0 [2]\n", done.stderr

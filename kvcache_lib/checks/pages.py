@@ -149,10 +149,7 @@ def judge_append(old: State, new: State, text: int, n: int) -> None:
         if new.returned != "full":
             wrong("the pool has too few free pages, and append went on: let PoolFull through")
         if (new.tables, new.lengths, new.users, new.free) != (old.tables, old.lengths, old.users, old.free):
-            wrong(
-                "the pool was full, and something has changed all the same: take all pages in one call, before anything else",
-                "new = self.pool.take(missing + shared)",
-            )
+            wrong("the pool was full, and something has changed all the same: take all pages in one call, before anything else", "new = self.pool.take(missing + shared)")
         return
     if new.returned == "full":
         wrong(f"append asks for more pages than it needs: {missing + shared}, and {old.free} are free")
@@ -278,6 +275,8 @@ def judge_free(old: State, new: State, text: int) -> None:
         wrong(f"page {page} is released twice: a text that was freed holds no page, so its table must be empty", "self.table = []")
     _same_others(old, new, text, wrong)
     fewer = [page for page in table if new.users[page] < old.users[page]]
+    if any(old.users[page] > 1 for page in table) and fewer == [page for page in table if old.users[page] == 1]:
+        wrong("pages that others hold are not released: release lowers their count by one, and frees none of them", "self.pool.release(page)")
     if table and not fewer:
         wrong("no page is released: the pool would run full of texts that nobody reads", "self.pool.release(page)")
     if len(fewer) < len(table):
@@ -395,6 +394,6 @@ def _free_cases(seed: int) -> list[Case]:
 
 
 check_place = CaseCheck("Exercise 6, PageTable.place", lambda seed: [Case("page and row of a position", "9 tokens in pages 5, 2, 7", _places, _judge_places)], "class")
-check_append = CaseCheck("Exercise 6, PageTable.append", _append_cases, "class")
+check_append = CaseCheck("Exercise 6, PageTable.append, in pages of its own", _append_cases, "class")
 check_fork = CaseCheck("Exercise 6, PageTable.fork, and append after it", _fork_cases, "class")
 check_free = CaseCheck("Exercise 6, PageTable.free", _free_cases, "class")

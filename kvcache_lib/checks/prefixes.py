@@ -130,6 +130,8 @@ def judge_find(hash_name: str, tokens: list, expected: list, seen: list) -> None
     if got == expected[: len(got)] and len(got) < len(expected):
         if len(tokens) == SIZE * len(expected):
             wrong("the last page is full and known, and is not found: off by one at the end", "range(size, len(tokens) + 1, size)")
+        if hash_name != "hash" and not asked:
+            wrong("the keys are made by another hash than the cache's own", "page_key(before, own, self.hash_of)")
         if hash_name != "hash":
             wrong("of several pages with one key only one is looked at: go through all of them", "for z in self.found.get(key, [])")
     wrong("find gives other pages", "")
