@@ -164,6 +164,8 @@ WRONG = {  # name: (what its message must hold, the source)
 
 RIGHTS = {
     "as in the course": HEAD + RIGHT,
+    "the notebook's groups": "from kvcache_lib.llama import grouped_attention\n"
+    + edited((MEMBERS + REPEATS, ""), (ATTENDS, "grouped_attention(q, k, v, mask if P and T > 1 else None)")),
     "PyTorch's own groups": edited((MEMBERS + REPEATS, ""), (ATTENDS, "F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)")),
     "members are an axis, scores by hand": HEAD + '''
         B, T, _ = x.shape
