@@ -212,11 +212,15 @@ class GPT(Writer):
             )
         )
         self.lm_head = nn.Linear(C, V, bias=False)
+        self.draw_weights()
+        self._share_mask()
+
+    def draw_weights(self) -> None:
+        "Draw all weights at random, as in GPT-2: those that write to the residual stream are smaller the more layers there are."
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-        self._share_mask()
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.n_layer))
 
     @staticmethod
     def get_default_config() -> GPTConfig:
@@ -307,7 +311,7 @@ class GPT(Writer):
     def from_pretrained(cls, name: str) -> "GPT":
         """A model with the weights of a GPT-2: "gpt2" and its like, or a folder in transformers' format.
 
-        It takes the package transformers, and downloads what is missing. For its errors see `gpt2_weights`.
+        What is missing is downloaded. For its errors see `gpt2_weights`.
         """
         config, state = gpt2_weights(name)
         model = cls(config)

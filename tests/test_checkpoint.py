@@ -1,5 +1,6 @@
 """Checkpoints against transformers: what it wrote is read, what we write it reads, and the logits are the same."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from kvcache_lib.formats import config_of
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.kept import kept_tokenizer
 from kvcache_lib.llama import Llama, LlamaConfig
-from kvcache_lib.mingpt import GPTConfig
+from kvcache_lib.mingpt import GPT, GPTConfig
 from kvcache_lib.text import encode
 
 transformers = pytest.importorskip("transformers")
@@ -350,3 +351,36 @@ def test_what_the_command_is_given(tmp_path, capfd):
     run = f"{sys.executable} -c 'from kvcache_lib.checkpoint import main; raise SystemExit(main())' {path} word --tokens 300 | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {run}"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "w", "")
+
+
+def test_from_pretrained_reads_as_load_does_and_needs_no_transformers(tmp_path):
+    torch.manual_seed(0)
+    model = theirs("gpt2")
+    model.save_pretrained(tmp_path / "m", max_shard_size="40kB")
+    probe = """
+import sys
+sys.modules["transformers"] = None
+import torch
+from kvcache_lib.checkpoint import load
+from kvcache_lib.gpt import GPT_kv
+model = GPT_kv.from_pretrained(sys.argv[1])
+want = load(sys.argv[1]).model
+assert model.config == want.config
+for name, weight in want.state_dict().items():
+    assert torch.equal(model.state_dict()[name], weight), name
+"""
+    done = subprocess.run([sys.executable, "-c", probe, str(tmp_path / "m")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+    for changes, says in ((dict(model_type="llama"), "the model_type gpt2, got 'llama'"), (dict(n_inner=7), "n_inner = 7"), (dict(n_layer=3), "missing: transformer.h.2")):
+        (tmp_path / "m" / "config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(ValueError, match=says):
+            GPT_kv.from_pretrained(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["generate", "generate_kv"])
+def test_every_model_generates_with_the_same_arguments(name):
+    "The names, their order and what they are if left out; those that only have names are `continue_text`'s, whatever the model."
+    want = inspect.signature(GPT.generate)
+    for cls in (GPT_kv, GPT_fast, Llama):
+        assert inspect.signature(getattr(cls, name)).parameters == want.parameters and cls.continue_text is GPT.continue_text

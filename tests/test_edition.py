@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 import kvcache_lib
+from kvcache_lib.checks.report import CheckFailed
 from kvcache_lib.classroom import check_exports, export
 from kvcache_lib.classroom import edition as editions
 from kvcache_lib.classroom.blanks import export_cells, stuck_cell
@@ -129,8 +130,9 @@ def test_no_line_of_a_solution_is_in_it(blank, exercise):
     given = "\n".join(p.read_text() for p in blank.rglob("*") if p.is_file())
     given = given.replace('\\"', '"')
     baseline = "\n".join(sources(course_notebook("01_mingpt")))  # a line that the solution shares with it gives nothing away
-    lines = [line for line in body_lines(exercise) if line not in baseline]
-    assert len(lines) >= 3
+    # Nor does the head of a loop or a branch, or a return of one name: the decoders beyond the course have such lines too.
+    lines = [line for line in body_lines(exercise) if line not in baseline and len(line) > 12 and not line.endswith(":")]
+    assert len(lines) >= 2
     assert [line for line in lines if line in given] == []
 
 
@@ -353,14 +355,32 @@ def test_a_random_py_in_the_folder_is_in_nobodys_way(edition):
 
 def test_nbdev_test_stops_at_the_first_exercise_that_is_not_solved(edition):
     shorten(edition)
-    stems = [exercise.notebook for exercise in EXERCISES]
+    stems = [exercise.notebook for exercise in COURSE]
     said, failed = nbdev_test(edition, stems[0])
     assert failed == stems[:1] and "Exercise 1" in said
 
-    for exercise in EXERCISES:
+    for exercise in COURSE:
         solve(exercise.key, edition)
     said, failed = nbdev_test(edition, *stems)
     assert failed == [], said
+
+
+@pytest.mark.parametrize("exercise", [e for e in EXERCISES if e.extra], ids=lambda e: e.notebook)
+def test_an_exercise_beyond_the_course_stands_alone(edition, exercise, monkeypatch):
+    "Blank, its check says so; solved, it passes, with no other exercise done. As in the notebook, here in one process."
+    shorten(edition)
+    monkeypatch.chdir(edition)
+
+    def run_cells():
+        room = {"__name__": "cells"}
+        for cell in read_notebook(edition / f"{exercise.notebook}.ipynb")["cells"]:
+            if cell["cell_type"] == "code" and not re.match(r"#\| *(slow|eval: false)", cell["source"]):
+                exec(compile(cell["source"], "cell", "exec"), room)
+
+    with pytest.raises(CheckFailed, match=f"Exercise {exercise.key} is not written yet: write {next(iter(exercise.checks))}"):
+        run_cells()
+    main(["--solve", str(exercise.key), "."])
+    run_cells()
 
 
 def test_a_change_that_was_not_exported_is_named(edition, monkeypatch):

@@ -329,7 +329,7 @@ def test_the_table_wraps_and_stays_on_its_lines():
 def test_likeness_of_copies_and_of_right_solutions_written_alone():
     course = Course()
     names = {"kv_cache": "memory", "self.project": "self.project", "layers": "caches", "new_cache": "fresh", "x,": "h,"}
-    for exercise in EXERCISES[::2]:
+    for exercise in COURSE[::2]:
         source = "".join(line for line in course.solution[exercise.module].splitlines(True) if not line.strip().startswith("#"))
         for old, new in names.items():
             source = source.replace(old, new)

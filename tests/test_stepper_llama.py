@@ -11,6 +11,7 @@ from test_stepper import hooks, unpacked
 
 from kvcache_lib import cost
 from kvcache_lib.llama import Llama, LlamaConfig
+from kvcache_lib.rotary import visible
 from kvcache_lib.stepper import CacheStepper, TraceStepper, View, filmstrip, step_cost, trace, traces
 from kvcache_lib.stepper.payload import pack
 from kvcache_lib.stepper.pictures import LEFT, described, headline, key_steps, row_states
@@ -151,15 +152,16 @@ def test_a_wrong_ring_is_refused(fault, monkeypatch):
     "The row beside the right one is written; a query of the prompt sees all before it."
     model, place = made(n_kv_head=2, window=4, sinks=1), Llama.place
 
-    def wrong(self, T, buffer):
-        right = place(self, T, buffer)
-        if T > 1 and fault == "mask":
-            return right._replace(mask=torch.ones_like(right.mask).tril())
-        if T == 1 and fault == "row" and buffer.length > 6:
+    def beside(self, T, buffer, *more):
+        right = place(self, T, buffer, *more)
+        if T == 1 and right.rows.start > 0:
             return right._replace(rows=slice(right.rows.start % 4 + 1, right.rows.start % 4 + 2))
         return right
 
-    monkeypatch.setattr(Llama, "place", wrong)
+    if fault == "row":
+        monkeypatch.setattr(Llama, "place", beside)
+    else:
+        monkeypatch.setattr("kvcache_lib.llama.visible", lambda queries, keys, window=None, sinks=0: visible(queries, keys))
     with pytest.raises(ValueError, match="is not attention over its own cache"):
         trace(model, torch.randint(11, (1, 8)), 6)
     assert not any("attend" in vars(block.attn) for block in model.transformer.h)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from kvcache_lib import kept
 from kvcache_lib.checks import CheckFailed
-from kvcache_lib.checks.streaming import check_whole_characters
 from kvcache_lib.corpus import HELD_OUT, corpus_text, course_corpus, documents, read_sections, sections
 from kvcache_lib.fast import GPT_fast
 from kvcache_lib.gpt import GPT_kv
@@ -355,68 +354,3 @@ def test_windows_of_a_text():
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"more than 4 tokens in one row, got \(4,\)"):
         TextDataset(torch.arange(4), 4)
-
-
-# The exercise
-
-
-def by_itself(tokens, tokenizer, before=()):
-    for token in tokens:
-        yield tokenizer.decode([token])
-
-
-def shows_the_half(tokens, tokenizer, before=()):
-    yield from whole_characters(tokens, tokenizer, before)
-    yield UNFINISHED
-
-
-def all_again(tokens, tokenizer, before=()):
-    ids = []
-    for token in tokens:
-        yield tokenizer.decode(ids := [*ids, token])
-
-
-def no_context(tokens, tokenizer, before=()):
-    yield from whole_characters(tokens, tokenizer)
-
-
-def forgets_the_rest(tokens, tokenizer, before=()):
-    ids = []
-    for token in tokens:
-        ids.append(token)
-        if not tokenizer.decode(ids).endswith(UNFINISHED):
-            yield tokenizer.decode([*before, *ids])[len(tokenizer.decode(before)) :]
-            before, ids = [*before, *ids], []
-
-
-def all_at_once(tokens, tokenizer, before=()):
-    yield from list(whole_characters(tokens, tokenizer, before))
-
-
-def divides(tokens, tokenizer, before=()):
-    return 1 / 0
-
-
-def shows_nothing(tokens, tokenizer, before=()):
-    for piece in whole_characters(tokens, tokenizer, before):
-        yield ""
-        yield piece
-
-
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        (by_itself, "half characters are shown"), (shows_the_half, "half a character is shown at the very end"),
-        (all_again, "what was shown is shown again"), (no_context, "a space is lost"), (all_at_once, "all tokens are read before"),
-        (forgets_the_rest, "whole text is missing at the end"), (shows_nothing, "empty pieces"), (lambda *a: [1], "each piece must be a text"),
-        (divides, "your code stopped with ZeroDivisionError"),
-    ],
-    ids=lambda x: getattr(x, "__name__", ""),
-)  # fmt: skip
-def test_the_check_names_the_mistake(wrong, words):
-    with pytest.raises(CheckFailed, match=words):
-        check_whole_characters(wrong)
-
-
-def test_the_check_lets_right_ones_through():
-    assert len(check_whole_characters(whole_characters).rows) == 8

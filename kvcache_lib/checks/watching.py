@@ -74,7 +74,7 @@ def tensors(z, name: str = "out"):
 # %% ../../nbs/tools/checks/watching.ipynb #cell-7
 def described(e: BaseException) -> dict:
     "An exception as plain data: what it says, where it stopped, and whether it passed through the baseline's GPT.forward."
-    stub = re.match(r"Exercise (\d+)\s*:?\s*(.*)", str(e)) if isinstance(e, NotImplementedError) else None
+    stub = re.match(r"Exercise (\w+)\s*:?\s*(.*)", str(e)) if isinstance(e, NotImplementedError) else None
     frames = list(traceback.walk_tb(e.__traceback__))
     at = max((i for i, (frame, _) in enumerate(frames) if _is_theirs(frame)), default=None)
     where, text = "the call itself", ""

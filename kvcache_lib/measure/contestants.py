@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from ..fast import GPT_fast
+from ..folders import stored_tensors
+from ..formats import layout, settings_of
 from ..gpt import GPT_kv
 from .reading import READERS, fastest_reader, memory_of
 from .subjects import same_weights, some_texts
@@ -39,20 +41,9 @@ def transformers_gpt2(model):
     "transformers' GPT2LMHeadModel with a copy of a GPT's weights, in eval mode: the same logits."
     import transformers  # only here: it takes seconds, and the library does not need it
 
-    c = model.config
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function="gelu_new", tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    peer = transformers.GPT2LMHeadModel(config)
-    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    state = {
-        name: tensor.T.contiguous() if name.endswith(turned) else tensor
-        for name, tensor in model.state_dict().items()
-        if not name.endswith(".attn.bias")
-    }
-    peer.load_state_dict(state, strict=True)
     w = model.lm_head.weight
+    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(settings_of(model.config, tied=False, dtype=w.dtype)))
+    peer.load_state_dict(stored_tensors(layout(model.config), dict(model.state_dict()), tied=False), strict=True)
     return peer.to(w.device, w.dtype).eval()
 
 # %% ../../nbs/tools/measure/contestants.ipynb #cell-7

@@ -104,8 +104,8 @@ class TraceStepper(anywidget.AnyWidget):
 class CacheStepper(TraceStepper):
     """Step through a model's KV cache as it generates: `CacheStepper(model, idx, max_new_tokens)`.
 
-    model: a GPT_kv, a GPT_fast, a class of your own to their interface, or a causal language model of transformers.
-    It stays as it was.  idx: (B, t) tokens, t ≤ block_size.
+    model: a GPT_kv, a GPT_fast, a Llama, a class of your own to their interface, or a causal language model of transformers.
+    It stays as it was.  idx: (B, t) tokens, t ≤ block_size; with a window, any t.
     vocab, layer, head, step, cache, rows, text: see TraceStepper.  Anything else: see `traces`.
     Raises ValueError or TypeError, see `traces` and TraceStepper.
     """
