@@ -169,9 +169,8 @@ class GroupedAttention(GroupedAttention_kv):
             y = kv_cache.attend(k, v, lambda b, *qkv: self.mix(place.masks[b], *qkv), *queries)
             return linear(y.transpose(1, 2).flatten(2), self.c_proj)
         if kv_cache is not None:
-            keys, values = kv_cache.unbind(0)  # (B, nkv, S, hs)
-            keys[:, :, place.rows], values[:, :, place.rows] = k, v
-            k, v = keys, values
+            kv_cache[0][:, :, place.rows], kv_cache[1][:, :, place.rows] = k, v
+            k, v = kv_cache.unbind(0)  # (B, nkv, S, hs)
         return self.attend(q, turned, k, v, place)
 
     def attend(self, q: Tensor, turned: Tensor | None, k: Tensor, v: Tensor, place: Place) -> Tensor:
