@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Decide', 'pick', 'verify', 'advance', 'Choice', 'Draft', 'PromptLookup', 'DraftModel', 'EarlyExit', 'longest_text',
-           'generate_speculative', 'expected_tokens', 'predicted_speedup']
+           'generate_speculative', 'expected_tokens', 'predicted_speedup', 'compare_drafts']
 
 # %% ../nbs/18_speculative.ipynb #cell-2
 from collections.abc import Callable, Iterator
@@ -19,9 +19,10 @@ from .arguments import check_generation
 from .buffer import KVBuffer
 from .config import check_whole
 from .fast import GPT_fast
+from .measure.timing import interleaved, quartiles
 from .mingpt import next_token
 
-# %% ../nbs/18_speculative.ipynb #cell-3
+# %% ../nbs/18_speculative.ipynb #cell-12
 def pick(probs: Tensor, u: float) -> int:
     """The token that u chooses: the first at which the running sum of the probabilities exceeds u.
 
@@ -30,7 +31,7 @@ def pick(probs: Tensor, u: float) -> int:
     x = int(torch.searchsorted(probs.cumsum(0), u, right=True))
     return min(x, int(probs.nonzero()[-1]))  # the sum may end a little below 1
 
-# %% ../nbs/18_speculative.ipynb #cell-4
+# %% ../nbs/18_speculative.ipynb #cell-15
 def verify(tokens: Tensor, q: Tensor, p: Tensor, u: Tensor) -> tuple[int, int]:
     """How many of n drafted tokens are accepted, and the token that follows those.
 
@@ -45,7 +46,7 @@ def verify(tokens: Tensor, q: Tensor, p: Tensor, u: Tensor) -> tuple[int, int]:
             return i, pick(rest / rest.sum(), u[n])
     return n, pick(p[n], u[n])
 
-# %% ../nbs/18_speculative.ipynb #cell-5
+# %% ../nbs/18_speculative.ipynb #cell-16
 Decide = Callable[[Tensor, Tensor], tuple[int, int]]  # drafted tokens (n,), logits (n + 1, V) → accepted, the next token
 
 
@@ -62,7 +63,7 @@ def advance(model: Any, buffer: KVBuffer, text: Tensor, tokens: Tensor, decide: 
     buffer.crop(text.size(1) + accepted)
     return [*tokens[:accepted].tolist(), token]
 
-# %% ../nbs/18_speculative.ipynb #cell-6
+# %% ../nbs/18_speculative.ipynb #cell-21
 class Choice(NamedTuple):
     "How tokens are chosen: the arguments of `generate`."
 
@@ -97,7 +98,7 @@ class Choice(NamedTuple):
         u = torch.rand(n + 1, dtype=p.dtype, device=p.device, generator=self.generator)
         return verify(tokens, F.one_hot(tokens, p.size(1)).to(p) if q is None else q, p, u)
 
-# %% ../nbs/18_speculative.ipynb #cell-7
+# %% ../nbs/18_speculative.ipynb #cell-23
 class Draft(Protocol):
     "What guesses the tokens that come next. It serves one text at a time."
 
@@ -111,7 +112,7 @@ class Draft(Protocol):
         and is left as it was.  None: the draft is sure, or the likeliest were taken.
         """
 
-# %% ../nbs/18_speculative.ipynb #cell-8
+# %% ../nbs/18_speculative.ipynb #cell-25
 class PromptLookup:
     """Guesses that what followed the last words before follows again. It costs no model.
 
@@ -147,7 +148,7 @@ class PromptLookup:
                 guess.append(tokens[i] if i < len(tokens) else guess[i - len(tokens)])
         return text.new_tensor(guess), None
 
-# %% ../nbs/18_speculative.ipynb #cell-9
+# %% ../nbs/18_speculative.ipynb #cell-28
 def _guess(next_logits: Callable[[Tensor], Tensor], text: Tensor, n: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
     "n tokens that a model writes after the text, (n,), and what each was drawn from, (n, V), or None."
     t, rows = text.size(1), []
@@ -182,6 +183,8 @@ class DraftModel:
 
     def propose(self, text: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
         t = text.size(1)
+        if self.buffer.length >= t:
+            self.buffer.crop(t - 1)
         guess = _guess(self.logits, text, max(0, min(n, self.longest - t + 1)), self.choice)
         if self.buffer.length > t:  # the text may go on otherwise
             self.buffer.crop(t)
@@ -190,7 +193,7 @@ class DraftModel:
     def logits(self, text: Tensor) -> Tensor:
         return self.model.step(text, self.buffer, last_only=True)[0][0, 0]
 
-# %% ../nbs/18_speculative.ipynb #cell-10
+# %% ../nbs/18_speculative.ipynb #cell-31
 class EarlyExit:
     """The model's own first layers guess. They write into the model's cache, and take back what they wrote.
 
@@ -220,7 +223,7 @@ class EarlyExit:
             x = model.encode(x, islice(layers, self.layers), buffer)
             return model.logits(x[:, -1:])[0, 0]
 
-# %% ../nbs/18_speculative.ipynb #cell-11
+# %% ../nbs/18_speculative.ipynb #cell-33
 def longest_text(model: Any) -> int:
     "The tokens that a model's cache can hold and still be cropped: its block size, or all that a window keeps."
     sizes = model.config.cache_sizes()
@@ -293,7 +296,7 @@ def generate_speculative(
 
     return tokens() if stream else torch.cat([idx, *tokens()], dim=1)
 
-# %% ../nbs/18_speculative.ipynb #cell-12
+# %% ../nbs/18_speculative.ipynb #cell-39
 def expected_tokens(rate: float, k: int) -> float:
     """The tokens that a step gives on average, 1 to k + 1, if each guess is accepted with this probability, 0 ≤ rate ≤ 1.
 
@@ -308,3 +311,48 @@ def predicted_speedup(rate: float, k: int, draft_cost: float, step_cost: float =
     draft_cost: the time of one guess.  step_cost: the time of a step with k + 1 rows. Both in steps with one row.
     """
     return expected_tokens(rate, k) / (k * draft_cost + step_cost)
+
+# %% ../nbs/18_speculative.ipynb #cell-41
+def compare_drafts(model: Any, drafts: dict[str, tuple[Draft, int]], idx: Tensor, max_new_tokens: int, seconds: float = 1.0) -> list[dict]:
+    """What drafts save on a greedy text, predicted and measured: a row for each, in milliseconds a token, and the speed-up.
+
+    drafts: by name, a draft and k.  idx: the prompt, (1, t).  seconds: of measuring for each, in turns with `generate_kv`.
+    The prediction has the share of guesses that were accepted, and the times of a guess and of a step with k + 1 rows.
+    Raises AssertionError if a text is not that of `generate_kv`.
+    """
+    rows = []
+    text = model.generate_kv(idx, max_new_tokens)
+    half = text[:, : idx.size(1) + max_new_tokens // 2]
+    for name, (draft, k) in drafts.items():
+        seen: list[tuple[int, int]] = []
+
+        def guessing(watch: Any = None) -> Tensor:
+            return generate_speculative(model, draft, idx, max_new_tokens, k=k, watch=watch)
+
+        assert torch.equal(guessing(lambda *z: seen.append(z)), text)
+        plain, ours = (quartiles(times)["median"] for times in interleaved(
+            lambda: model.generate_kv(idx, max_new_tokens), guessing, seconds=seconds, min_rounds=3
+        ))  # fmt: skip
+        buffer = model.new_buffer()
+        model.step(half[:, :-1], buffer)
+        draft.begin(model, buffer, Choice(False, 1.0, None, None))
+
+        def step(n: int) -> None:
+            buffer.crop(half.size(1) - 1)
+            model.step(torch.cat([half, half[:, :n]], dim=1), buffer)
+            buffer.crop(half.size(1) - 1)
+
+        one, many, guess = (quartiles(times)["median"] for times in interleaved(
+            lambda: step(0), lambda: step(k), lambda: draft.propose(half, k), seconds=seconds / 4, min_rounds=3
+        ))  # fmt: skip
+        accepted = sum(a for _, a in seen)
+        judged = sum(a + (a < n) for n, a in seen)  # those after a rejected one were not looked at
+        rate = accepted / max(1, judged)
+        rows.append({
+            "draft": name, "k": k, "accepted, %": 100 * rate,
+            "tokens a step": max_new_tokens / len(seen), "predicted tokens": expected_tokens(rate, k),
+            "guess, steps": guess / one / k, "k + 1 rows, steps": many / one,
+            "predicted speed-up": predicted_speedup(rate, k, guess / one / k, many / one),
+            "speed-up": plain / ours, "ms a token": ours / max_new_tokens,
+        })  # fmt: skip
+    return rows

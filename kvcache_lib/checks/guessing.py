@@ -172,7 +172,7 @@ def _judged(guesses: list[Guess]) -> Callable[[list], None]:
     return judge
 
 
-def _frequencies(seed: int, draws: int = 4000) -> Case:
+def _frequencies(seed: int, draws: int = 2000) -> Case:
     """The first token of the text must have the target's probabilities, whatever the draft's are.
 
     Chi-squared over 5 tokens: above 33.4 with probability one in a million if all is right. Drawing from p in place of the
