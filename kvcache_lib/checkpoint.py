@@ -36,7 +36,7 @@ def layer_weights(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor
     """The weights of one layer of a Llama's or GPT-2's checkpoint, by the names that they have in a layer of ours.
 
     tensors: the whole checkpoint, by its names; they are not changed.  layer: from 0.
-    Raises KeyError if one of the layer's tensors is not there.
+    Raises KeyError if a tensor of a Llama's layer is not there, or none of a GPT-2's.
     """
     start = f"transformer.h.{layer}."
     own = {name.removeprefix(start): z for name, z in tensors.items() if name.startswith(start)}

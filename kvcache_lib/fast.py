@@ -37,7 +37,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
-# %% ../nbs/09_fast.ipynb #cell-26
+# %% ../nbs/09_fast.ipynb #cell-28
 class CausalSelfAttention_fast(CausalSelfAttention_kv):
     "CausalSelfAttention_kv with fused attention, and a cache that may be a part of a KVBuffer."
 
@@ -96,7 +96,7 @@ class CausalSelfAttention_fast(CausalSelfAttention_kv):
         mask = self.bias[:, :, S - q.size(1) : S, :S]
         return self.attend(q, k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2), mask=mask)
 
-# %% ../nbs/09_fast.ipynb #cell-28
+# %% ../nbs/09_fast.ipynb #cell-30
 class Block_fast(Block_kv):
     "Block_kv with a fused GELU, and no calls of plain layers."
 
@@ -113,12 +113,12 @@ class Block_fast(Block_kv):
         m = self.mlp
         c_fc, act = m["c_fc"], m["act"]
         if is_plain(act, NewGELU):
-            x = linear(x, c_fc, gelu=True)
+            x = F.gelu(linear(x, c_fc), approximate="tanh")
         else:
             x = act(linear(x, c_fc))
         return dropped(linear(x, m["c_proj"]), m["dropout"])
 
-# %% ../nbs/09_fast.ipynb #cell-30
+# %% ../nbs/09_fast.ipynb #cell-32
 class GPT_fast(GPT_kv):
     """GPT_kv with fused operations and a cache that is written in place. Weights, configuration and results are the same.
 

@@ -85,8 +85,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     """
     T = q.size(2)
     if T == 1 and mask is None:  # the heads that share keys are queries that see all of them
-        y = F.scaled_dot_product_attention(q.unflatten(1, (k.size(1), -1)).squeeze(3), k, v)
-        return y.flatten(1, 2).unsqueeze(2)
+        y = F.scaled_dot_product_attention(q.view(k.size(0), k.size(1), -1, k.size(3)), k, v)
+        return y.reshape(q.shape)
     shared = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=shared)
 
@@ -156,13 +156,14 @@ class GroupedAttention(GroupedAttention_kv):
         x: (B, T, C).  kv_cache: None, or this layer's part of a KVBuffer, (2, B, n_kv_head, S, hs): their rows are
         written. The keys that it holds are rotated. Or a PackedLayer: x, (1, N, C), is of many texts then.
         """
-        nh, nkv = self.n_head, self.n_kv_head
-        qkv = linear(x, self.c_attn).unflatten(2, (nh + 2 * nkv, -1)).transpose(1, 2)  # (B, nh + 2 · nkv, T, hs)
-        qk, v = qkv.split([nh + nkv, nkv], dim=1)
+        (B, T, _), nh, nkv = x.shape, self.n_head, self.n_kv_head
+        qkv = linear(x, self.c_attn).view(B, T, nh + 2 * nkv, -1).transpose(1, 2)  # (B, nh + 2 · nkv, T, hs)
+        qk, v = qkv[:, : nh + nkv], qkv[:, nh + nkv :]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([normed(qk[:, :nh], self.q_norm), normed(qk[:, nh:], self.k_norm)], dim=1)
         turned = None if place.turned is None else rotate(qk[:, :nh], *place.turned)
-        q, k = rotate(qk, *place.rotation).split([nh, nkv], dim=1)  # both at once
+        qk = rotate(qk, *place.rotation)  # both at once
+        q, k = qk[:, :nh], qk[:, nh:]
         if kv_cache is not None and not isinstance(kv_cache, Tensor):
             queries = (q,) if turned is None else (q, turned)
             y = kv_cache.attend(k, v, lambda b, *qkv: self.mix(place.masks[b], *qkv), *queries)

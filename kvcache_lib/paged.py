@@ -16,7 +16,7 @@ from torch import Tensor
 from .buffer import _kind, _memory
 from .config import check_whole, resolved
 
-# %% ../nbs/15_paged.ipynb #cell-15
+# %% ../nbs/15_paged.ipynb #cell-16
 class PoolFull(RuntimeError):
     "There are fewer free pages than were asked for. Nothing has changed."
 
@@ -45,9 +45,9 @@ class Pages:
         "How many pages nobody holds."
         return len(self._free)
 
-    def new_text(self) -> "PageTable":
-        "The table of an empty text."
-        return PageTable(self)
+    def new_text(self, table: Sequence[int] = (), length: int = 0) -> "PageTable":
+        "The table of a text that holds these pages, which count it already; of an empty one, without."
+        return PageTable(self, table, length)
 
     def take(self, n: int) -> list[int]:
         "The numbers of n free pages, each with one user now. Raises PoolFull if there are fewer."
@@ -76,7 +76,7 @@ class Pages:
         if not self.users[page]:
             raise ValueError(f"page {page} is free: nobody holds it")
 
-# %% ../nbs/15_paged.ipynb #cell-20
+# %% ../nbs/15_paged.ipynb #cell-21
 class PageTable:
     """Where the tokens of one text lie.
 
@@ -84,10 +84,8 @@ class PageTable:
     table: the numbers of the pages that hold the text, in its order.  length: its tokens.
     """
 
-    def __init__(self, pool: Pages):
-        self.pool = pool
-        self.table: list[int] = []
-        self.length = 0
+    def __init__(self, pool: Pages, table: Sequence[int] = (), length: int = 0):
+        self.pool, self.table, self.length = pool, list(table), length
 
     def place(self, position: int) -> tuple[int, int]:
         "Where the token at a position lies: (the number of its page, the row in that page). Both count from 0."
@@ -106,22 +104,19 @@ class PageTable:
         shared = n > 0 and last < len(self.table) and pool.users[self.table[last]] > 1
         missing = -(-end // pool.page_size) - len(self.table)
         new = pool.take(missing + shared)
-        copied = None
+        old = None
         if shared:
-            copied = self.table[last], new.pop()
-            self.table[last] = copied[1]
-            pool.release(copied[0])
+            old, self.table[last] = self.table[last], new.pop()
+            pool.release(old)
         self.table += new
         self.length = end
-        return copied
+        return None if old is None else (old, self.table[last])
 
     def fork(self) -> "PageTable":
         "Another text that begins as this one does, in the same pages."
-        other = PageTable(self.pool)
-        other.table, other.length = list(self.table), self.length
         for page in self.table:
             self.pool.share(page)
-        return other
+        return PageTable(self.pool, self.table, self.length)
 
     def free(self) -> None:
         "Hold no page any more. The text is empty then."
@@ -129,7 +124,7 @@ class PageTable:
             self.pool.release(page)
         self.table, self.length = [], 0
 
-# %% ../nbs/15_paged.ipynb #cell-29
+# %% ../nbs/15_paged.ipynb #cell-30
 class PagePool(Pages):
     """Pages of keys and values, for all layers of a model, in one tensor that all texts share.
 
@@ -162,6 +157,7 @@ class PagePool(Pages):
             )
         self.limit: int = config.block_size  # the longest text
         self.data = _memory((config.n_layer, 2, rows, sizes.n_head, sizes.head_size), *_kind(dtype, device))
+        self._gathered = self.data.new_empty(2, 0, 0)
         super().__init__(pages, page_size)
 
     @classmethod
@@ -185,9 +181,9 @@ class PagePool(Pages):
     def __bool__(self) -> bool:
         return True
 
-    def new_text(self) -> "PagedText":
-        "An empty text. It takes its pages when it needs them."
-        return PagedText(self)
+    def new_text(self, table: Sequence[int] = (), length: int = 0) -> "PagedText":
+        "An empty text. It takes its pages when it needs them. Or one that holds these, which count it already."
+        return PagedText(self, table, length)
 
     def gather(self, layer: int, rows: Tensor) -> Tensor:
         """The keys and values of these rows, next to each other: a copy.
@@ -197,7 +193,7 @@ class PagePool(Pages):
         B, S = (1, rows.size(0)) if rows.ndim == 1 else rows.shape
         return self.data[layer].index_select(1, rows.flatten()).unflatten(1, (B, S)).transpose(2, 3)
 
-# %% ../nbs/15_paged.ipynb #cell-32
+# %% ../nbs/15_paged.ipynb #cell-33
 class PagedLayer:
     "One layer of a text that is being extended."
 
@@ -224,8 +220,8 @@ class PagedText(PageTable):
 
     pool: PagePool
 
-    def __init__(self, pool: PagePool):
-        super().__init__(pool)
+    def __init__(self, pool: PagePool, table: Sequence[int] = (), length: int = 0):
+        super().__init__(pool, table, length)
         self._extending = False
         self._indexed: list[int] = []  # the table that `_index` was made for
         self._index = torch.empty(0, dtype=torch.int64, device=pool.data.device)
@@ -292,25 +288,23 @@ class PagedText(PageTable):
             if done and copied is not None:
                 self.pool.release(copied[0])
             elif not done:
-                for page in self.table:
-                    if page not in before:
-                        self.pool.release(page)
+                for number in set(self.table).difference(before):
+                    self.pool.release(number)
                 self.table = before
 
     def fork(self) -> "PagedText":
         "A text that begins as this one does, in the same pages. Whoever writes into a shared page copies it first."
         self.check_room(0)
-        table, other = super().fork(), PagedText(self.pool)
-        other.table, other.length = table.table, table.length
-        return other
+        plain = super().fork()
+        return self.pool.new_text(plain.table, plain.length)
 
     def crop(self, length: int) -> None:
         "Forget all but the first `length` tokens. Raises TypeError or ValueError unless 0 ≤ length ≤ self.length."
         length = check_whole("length", length, least=0, most=self.length)
         self.check_room(length)
         needed = -(-length // self.pool.page_size)
-        for page in self.table[needed:]:
-            self.pool.release(page)
+        for number in self.table[needed:]:
+            self.pool.release(number)
         self.table, self.length = self.table[:needed], length
 
     def free(self) -> None:

@@ -87,7 +87,7 @@ class PrefixCache:
             same_key = self.found.get(page_key(before, own, self.hash_of), [])
             known = [z for z in same_key if z.tokens == own and z.before is before]
             if not known:
-                break
+                return chain
             before = known[0]
             chain.append(before)
         return chain
@@ -100,12 +100,9 @@ class PrefixCache:
         tokens = whole_numbers(tokens)
         chain = self.find(tokens[:-1])
         self.touch(chain)
-        text = self.pool.new_text()
         for known in chain:
             self.pool.share(known.page)
-            text.table.append(known.page)
-        text.length = len(chain) * self.pool.page_size
-        return text
+        return self.pool.new_text([known.page for known in chain], len(chain) * self.pool.page_size)
 
     def evict(self, n: int) -> int:
         "Forget up to n pages that nobody but the cache holds, the least recently used first. Returns how many."
@@ -137,20 +134,20 @@ class PrefixCache:
         tokens, pool = whole_numbers(tokens), self.pool
         check_text(text, pool, tokens)
         size, full = pool.page_size, text.length // pool.page_size
-        chain = self.find(tokens[: full * size])
-        known_before = len(chain)
-        for n, known in enumerate(chain):
+        held = self.find(tokens[: full * size])
+        known_before = len(held)
+        for n, known in enumerate(held):
             pool.share(known.page)
             pool.release(text.table[n])
             text.table[n] = known.page
-        for n in range(len(chain), full):
-            before, own = chain[-1] if chain else None, tuple(tokens[n * size : (n + 1) * size])
+        for n in range(len(held), full):
+            before, own = held[-1] if held else None, tuple(tokens[n * size : (n + 1) * size])
             known = KnownPage(text.table[n], own, before, page_key(before, own, self.hash_of))
             self.found.setdefault(known.key, []).append(known)
             self.used[known] = None
             pool.share(known.page)
-            chain.append(known)
-        self.touch(chain)
+            held.append(known)
+        self.touch(held)
         return full - known_before
 
     @property

@@ -18,7 +18,7 @@ def rotation(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every position's angles, both (T, head_size): what `rotate` takes.
 
-    positions: (T,) whole numbers.  theta: the longest wave has about 2π · theta tokens.
+    positions: (T,) whole numbers.  theta: the slowest pair turns once in 2π · theta^(1 − 2/head_size) tokens.
     Number f turns together with number head_size/2 + f, by position · theta^(−2f / head_size).
     The angles are computed in float64. dtype: of what is returned, torch's default if it is None.
     Raises ValueError for an odd head_size.  Source: Su et al., arXiv 2104.09864, equation 34.

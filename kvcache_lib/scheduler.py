@@ -44,19 +44,19 @@ def plan(texts: Sequence[Turn], budget: int, free: int, page_size: int = 16) -> 
        budget and pages allow. One that is not started must wait unless there are pages for all that it has pending.
     3. Nobody overtakes: behind a prompt that gets fewer than it has pending, no prompt gets any.
     """
-    counts = [0] * len(texts)
+    planned = [0] * len(texts)
     decoding = [i for i, text in enumerate(texts) if text.started and text.pending == 1]
     prompts = [i for i in range(len(texts)) if i not in set(decoding)]
     for i in decoding + prompts:
         started, pending, room = texts[i]
         if not started and pages_for(pending, room, page_size) > free:
-            break
-        counts[i] = max(0, min(pending, budget, room + free * page_size))
-        budget -= counts[i]
-        free -= pages_for(counts[i], room, page_size)
-        if counts[i] < pending:
-            break
-    return counts
+            return planned
+        planned[i] = max(0, min(pending, budget, room + free * page_size))
+        budget -= planned[i]
+        free -= pages_for(planned[i], room, page_size)
+        if planned[i] < pending:
+            return planned
+    return planned
 
 # %% ../nbs/17_scheduler.ipynb #cell-18
 class Scheduler(RequestQueue):

@@ -36,6 +36,10 @@ TURNS = "        q, k = rotate(q, *turning), rotate(k, *turning)\n"
 GROWS = "        if kv_cache is not None:\n            k, v = torch.cat([kv_cache[0], k], dim=2), torch.cat([kv_cache[1], v], dim=2)\n"
 REPEATS = "        keys, values = k.repeat_interleave(m, dim=1), v.repeat_interleave(m, dim=1)\n"
 MEMBERS = "        m = self.n_head // self.n_kv_head\n"
+NO_DTYPE = "        turning = rotation(at[P:], hs, self.theta)\n"
+CUTS = "        q, k, v = (z.unflatten(2, (-1, hs)).transpose(1, 2) for z in (q, k, v))\n"
+COUNTS = "        P = 0 if kv_cache is None else kv_cache[0].size(2)\n"
+MASK = "        mask = visible(at[P:], at)\n"
 ATTENDS = "F.scaled_dot_product_attention(q, keys, values, mask)"
 TURNING = "        turning = rotation(at[P:], hs, self.theta, x.dtype)\n"
 
@@ -111,7 +115,42 @@ WRONG = {  # name: (what its message must hold, the source)
         "cut by groups",
         edited((SPLIT, "        z = self.c_attn(x).unflatten(2, (self.n_kv_head, -1, hs))\n        q, k, v = (part.flatten(2) for part in (z[:, :, :, :-2].flatten(2, 3), z[:, :, :, -2], z[:, :, :, -1]))\n")),
     ),
-    "chunk(3)": ("your code stopped", edited((SPLIT, "        q, k, v = self.c_attn(x).chunk(3, dim=2)\n"))),
+    "no dtype": ("computed in float32", edited((TURNING, NO_DTYPE))),
+    "no dtype, and repeat": (
+        "repeat_interleave, not repeat", edited((TURNING, NO_DTYPE), (REPEATS, "        keys, values = k.repeat(1, m, 1, 1), v.repeat(1, m, 1, 1)\n")),
+    ),
+    "no dtype, and no mask": ("there is no mask:", edited((TURNING, NO_DTYPE), (ATTENDS, "F.scaled_dot_product_attention(q, keys, values)"))),
+    "no dtype, for the cached keys alone": (
+        "computed in float32", edited((TURNS, "        raw = k\n" + TURNS), (", [k, v]", ", [k if P else rotate(raw, *rotation(at, hs, self.theta)), v]")),
+    ),
+    "is_causal where there is no cache": ("no mask behind cached tokens", edited((ATTENDS, "F.scaled_dot_product_attention(q, keys, values, is_causal=P == 0)"))),
+    "a mask where there is no cache": ("no mask behind cached tokens", edited((ATTENDS, "F.scaled_dot_product_attention(q, keys, values, mask if P == 0 else None)"))),
+    "a mask without itself": ("a token does not see itself", edited((MASK, MASK.replace("at[P:], at", "at[P:] - 1, at")))),
+    "a mask with the next": ("sees the one after it", edited((MASK, MASK.replace("at[P:], at", "at[P:] + 1, at")))),
+    "heads interleaved": ("the heads are interleaved", edited((CUTS, CUTS.replace("z.unflatten(2, (-1, hs)).transpose(1, 2)", "z.unflatten(2, (hs, -1)).permute(0, 3, 1, 2)")))),
+    "heads by a reshape": ("a reshape to (B, heads, T, hs)", edited((CUTS, CUTS.replace("z.unflatten(2, (-1, hs)).transpose(1, 2)", "z.reshape(z.size(0), -1, T, hs)")))),
+    "heads by a reshape, there and back": (
+        "put together again, by reshapes",
+        edited((CUTS, CUTS.replace("z.unflatten(2, (-1, hs)).transpose(1, 2)", "z.reshape(z.size(0), -1, T, hs)")), ("y.transpose(1, 2).flatten(2)", "y.reshape(y.size(0), T, -1)")),
+    ),
+    "q_norm for keys": ("keys are normed by q_norm", edited((NORMS, NORMS.replace("self.k_norm(k)", "self.q_norm(k)")))),
+    "k_norm for queries": ("queries are normed by k_norm", edited((NORMS, NORMS.replace("self.q_norm(q)", "self.k_norm(q)")))),
+    "norms swapped": ("q_norm and k_norm are swapped", edited((NORMS, NORMS.replace("= self.q_norm(q), self.k_norm(k)", "= self.k_norm(q), self.q_norm(k)")))),
+    "normed over all heads": (
+        "over all heads of a token",
+        edited((NORMS, "        if self.q_norm is not None:\n            q, k = (z / (z.square().mean((1, 3), keepdim=True) + 1e-5).sqrt() * f.weight for z, f in ((q, self.q_norm), (k, self.k_norm)))\n")),
+    ),
+    "normed before the heads are cut": (
+        "cut into heads first, then norm", edited((NORMS, ""), (CUTS, NORMS + CUTS)),
+    ),
+    "split(C)": ("cut by `self.sizes`?", edited((SPLIT, "        q, k, v = self.c_attn(x).split(x.size(2), dim=2)\n"))),
+    "P from the heads": ("P is kv_cache[0].size(2)", edited((COUNTS, COUNTS.replace("size(2)", "size(1)")))),
+    "P from the heads, for positions alone": (
+        "not the number of cached tokens but of heads",
+        edited((TURNING, TURNING.replace("at[P:]", "(0 if P == 0 else self.n_kv_head) + torch.arange(T)"))),
+    ),
+    "joined along the heads": ("joined to the old ones along dim 2", edited((GROWS, GROWS.replace("dim=2", "dim=1")))),
+    "chunk(3)": ("cut by `self.sizes`?", edited((SPLIT, "        q, k, v = self.c_attn(x).chunk(3, dim=2)\n"))),
     "heads not side by side": ("side by side", edited(("y.transpose(1, 2).flatten(2)", "y.reshape(*x.shape[:2], -1)"))),
     "no projection": ("the shape and the dtype of x", edited(("self.c_proj(y.transpose(1, 2).flatten(2))", "y.transpose(1, 2).flatten(2)"))),
     "only the new ones are cached": ("only the new tokens are cached", edited((GROWS, GROWS.replace("            k, v", "            new = k, v\n            k, v")), (", [k, v]", ", [k[:, :, P:], v[:, :, P:]]"))),
@@ -125,6 +164,8 @@ WRONG = {  # name: (what its message must hold, the source)
 
 RIGHTS = {
     "as in the course": HEAD + RIGHT,
+    "the notebook's groups": "from kvcache_lib.llama import grouped_attention\n"
+    + edited((MEMBERS + REPEATS, ""), (ATTENDS, "grouped_attention(q, k, v, mask if P and T > 1 else None)")),
     "PyTorch's own groups": edited((MEMBERS + REPEATS, ""), (ATTENDS, "F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)")),
     "members are an axis, scores by hand": HEAD + '''
         B, T, _ = x.shape

@@ -14,6 +14,7 @@ def ring_attention(q, k, v, ring, P):
     return y
 '''
 ROTATES = "    q, k = rotate(q, *turning), rotate(k, *turning)\n"
+TURNING, NO_DTYPE = "    turning = rotation(new, q.size(3), dtype=q.dtype)\n", "    turning = rotation(new, q.size(3))\n"
 HELD = "    held = ring[:, :, :, old % W]\n"
 WRITES = "    ring[:, :, :, new[-W:] % W] = torch.stack([k, v])[:, :, :, -W:]\n"
 ATTENDS = "    y = F.scaled_dot_product_attention(q, keys, values, mask)\n"
@@ -84,6 +85,28 @@ WRONG = {  # name: (what its message must hold, the source)
                "F.pad(visible(new, torch.cat([old, new]), W), (W - P, 0), value=True)")),
     ),
     "rows taken in the order of the text": ("in the order of the text", edited((HELD, "    held = ring[:, :, :, : len(old)]\n"))),
+    "no dtype": ("computed in float32", edited((TURNING, NO_DTYPE))),
+    "no dtype, for the written keys alone": (
+        "computed in float32", edited((ROTATES, "    raw = k\n" + ROTATES), (WRITES, WRITES.replace("[k, v]", "[rotate(raw, *rotation(new, q.size(3))), v]"))),
+    ),
+    "no dtype, and queries forgotten": ("queries are not turned", edited((TURNING, NO_DTYPE), (ROTATES, "    k = rotate(k, *turning)\n"))),
+    "no dtype, and no mask": ("there is no mask:", edited((TURNING, NO_DTYPE), (MASK, "None"))),
+    "no dtype, and not scaled": ("are not scaled", edited((TURNING, NO_DTYPE), (ATTENDS, ATTENDS.replace("mask)", "mask, scale=1)")))),
+    "not scaled": ("are not scaled", edited((ATTENDS, ATTENDS.replace("mask)", "mask, scale=1)")))),
+    "a window without itself": (
+        "a token does not see itself", edited((MASK, f"{MASK} & (torch.cat([old, new])[None] != new[:, None])")),
+    ),
+    "a window without itself, of W before it": (
+        "a token does not see itself", edited((MASK, "visible(new - 1, torch.cat([old, new]), W)")),
+    ),
+    "a window without itself, by hand": (
+        "a token does not see itself",
+        edited((ATTENDS, "    at = torch.cat([old, new])\n    s = (q @ keys.mT / math.sqrt(q.size(3))).masked_fill(~(mask & (at < new[:, None])), -math.inf)\n    y = s.softmax(3) @ values\n")),
+    ),
+    "a mask at the beginning alone": ("where tokens came before", edited((MASK, f"{MASK} if P == 0 else None"))),
+    "a mask of rows": ("the mask is given numbers of rows: ", edited((MASK, "visible(new, torch.cat([old % W, new]), W)"))),
+    "a mask of rows, for all keys": ("numbers of rows, for all keys", edited((MASK, "visible(new, torch.cat([old, new]) % W, W)"))),
+    "a mask of rows, for queries too": ("for queries and keys", edited((MASK, "visible(new % W, torch.cat([old, new]) % W, W)"))),
     "changed in place": ("is changed in place", edited((ROTATES, ROTATES.replace("q, k =", "q[:], k =")))),
     "a wrong shape": ("the shape and the dtype of q", edited(("    return y", "    return y.transpose(1, 2)"))),
 }  # fmt: skip

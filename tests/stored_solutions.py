@@ -33,9 +33,9 @@ def edited(*pairs):
 
 WRONG = {  # name: (what its message must hold, the source)
     "GPT-2 as it is stored": ("GPT-2 stores it as (in, out)", edited((TURNED, "        return own\n"))),
-    "GPT-2, only what is not square": ("attn.c_proj.weight is transposed: GPT-2", edited((TURNED, TURNED.replace("z.ndim == 2", "z.ndim == 2 and z.size(0) != z.size(1)")))),
+    "GPT-2, only what is not square": ("attn.c_proj.weight is still as it is stored: GPT-2", edited((TURNED, TURNED.replace("z.ndim == 2", "z.ndim == 2 and z.size(0) != z.size(1)")))),
     "Llama transposed": ("the parts of attn.c_attn.weight are transposed", edited(('weight"] for name in names])', 'weight"].T for name in names])'))),
-    "the output of attention transposed": ("attn.c_proj.weight is transposed: a Llama", edited(('joined("self_attn.o_proj")', 'joined("self_attn.o_proj").T'))),
+    "the output of attention transposed": ("attn.c_proj.weight is transposed, and should not be: a Llama", edited(('joined("self_attn.o_proj")', 'joined("self_attn.o_proj").T'))),
     "keys first": ("joined as k_proj, q_proj, v_proj", edited((QKV, 'joined("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")'))),
     "side by side": ("side by side", edited(("for name in names])", "for name in names], dim=-1)"))),
     "row by row": ("row by row", edited((QKV, 'torch.stack([joined(f"self_attn.{z}_proj") for z in "qkv"], 1).flatten(0, 1)'))),

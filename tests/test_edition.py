@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 import kvcache_lib
+from kvcache_lib.checks.report import CheckFailed
 from kvcache_lib.classroom import check_exports, export
 from kvcache_lib.classroom import edition as editions
 from kvcache_lib.classroom.blanks import export_cells, stuck_cell
@@ -354,14 +355,32 @@ def test_a_random_py_in_the_folder_is_in_nobodys_way(edition):
 
 def test_nbdev_test_stops_at_the_first_exercise_that_is_not_solved(edition):
     shorten(edition)
-    stems = [exercise.notebook for exercise in EXERCISES]
+    stems = [exercise.notebook for exercise in COURSE]
     said, failed = nbdev_test(edition, stems[0])
     assert failed == stems[:1] and "Exercise 1" in said
 
-    for exercise in EXERCISES:
+    for exercise in COURSE:
         solve(exercise.key, edition)
     said, failed = nbdev_test(edition, *stems)
     assert failed == [], said
+
+
+@pytest.mark.parametrize("exercise", [e for e in EXERCISES if e.extra], ids=lambda e: e.notebook)
+def test_an_exercise_beyond_the_course_stands_alone(edition, exercise, monkeypatch):
+    "Blank, its check says so; solved, it passes, with no other exercise done. As in the notebook, here in one process."
+    shorten(edition)
+    monkeypatch.chdir(edition)
+
+    def run_cells():
+        room = {"__name__": "cells"}
+        for cell in read_notebook(edition / f"{exercise.notebook}.ipynb")["cells"]:
+            if cell["cell_type"] == "code" and not re.match(r"#\| *(slow|eval: false)", cell["source"]):
+                exec(compile(cell["source"], "cell", "exec"), room)
+
+    with pytest.raises(CheckFailed, match=f"Exercise {exercise.key} is not written yet: write {next(iter(exercise.checks))}"):
+        run_cells()
+    main(["--solve", str(exercise.key), "."])
+    run_cells()
 
 
 def test_a_change_that_was_not_exported_is_named(edition, monkeypatch):

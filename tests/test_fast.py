@@ -415,30 +415,6 @@ def test_a_decode_step_allocates_the_same_at_every_length():
 # --- the operations ---
 
 
-@pytest.mark.skipif(direct._onednn_linear is None, reason="PyTorch without oneDNN")
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7)])
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_onednn_computes_what_the_layer_computes(monkeypatch, shape, gelu, bias):
-    used = []
-    onednn = direct._onednn_linear
-    monkeypatch.setattr(direct, "_onednn_linear", lambda *args: (used.append(1), onednn(*args))[1])
-    layer = torch.nn.Linear(512, 768, bias=bias)
-    x = torch.randn(*shape, 512)
-    want = layer.double()(x.double())
-    if gelu:
-        want = torch.nn.functional.gelu(want, approximate="tanh")
-    layer.float()
-    with torch.no_grad():
-        torch.testing.assert_close(direct.linear(x, layer, gelu), want.float(), rtol=1e-5, atol=1e-5)
-    assert used == [1]
-    direct.linear(x, layer, gelu).sum().backward()  # gradients, small weights and float64 take another way
-    with torch.no_grad():
-        direct.linear(x.double(), layer.double(), gelu)
-        direct.linear(x[..., :64], torch.nn.Linear(64, 64), gelu)
-    assert used == [1] and layer.weight.grad is not None
-
-
 def test_wide_layers_in_float32_equal_float64():
     config = GPTConfig(n_layer=2, n_head=8, n_embd=512, vocab_size=11, block_size=64)
     model = GPT_fast(config).eval()

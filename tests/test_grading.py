@@ -151,15 +151,25 @@ def test_a_fourth_exercise_is_graded_too(tmp_path, monkeypatch):
 def test_what_is_seen_in_the_sandbox():
     "What a visible module imports is visible; no solution is, and nothing that holds one."
     seen = {name.removesuffix(".py") for name in sandbox.VISIBLE} - {"__init__"}
+    # An exercise beyond the course sees more, and so may its check.
+    more = {check.partition(".")[0]: set(sandbox.needed(e)) for e in EXERCISES for check in e.checks.values() if "." in check}
     for name in sandbox.VISIBLE:
         path = ROOT / "kvcache_lib" / name
         for file in path.rglob("*.py") if path.is_dir() else [path]:
+            also = {room.removesuffix(".py") for room in more.get(file.stem, ())} if file.parent.name == "checks" else set()
             for node in ast.walk(ast.parse(file.read_text("utf-8"))) if name != "__init__.py" else ():
                 up = 1 + len(file.relative_to(ROOT / "kvcache_lib").parts) - 1
                 if isinstance(node, ast.ImportFrom) and (node.level == up or (node.module or "").startswith("kvcache_lib")):
                     first = (node.module or node.names[0].name).removeprefix("kvcache_lib.").split(".")[0]
-                    assert first in seen, (file, node.module)
+                    assert first in seen | also, (file, node.module)
     assert not seen & {"attention", "block", "gpt", "fast", "buffer", "mistakes", "classroom", "nbs"}
+    for exercise in COURSE:
+        assert sandbox.needed(exercise) == []
+        imported = {n.module for n in ast.walk(ast.parse(solution_source(exercise))) if isinstance(n, ast.ImportFrom)}
+        own = {name.removeprefix("kvcache_lib.") for name in imported if name.startswith("kvcache_lib.")}
+        assert own <= seen, f"exercise {exercise.key} could not be imported in its room"
+    for exercise in EXERCISES[len(COURSE) :]:
+        assert not {f"{exercise.module}.py", "mistakes", "classroom"} & set(sandbox.needed(exercise))
 
 
 def test_finding_submissions(blank, tmp_path):
@@ -329,7 +339,7 @@ def test_the_table_wraps_and_stays_on_its_lines():
 def test_likeness_of_copies_and_of_right_solutions_written_alone():
     course = Course()
     names = {"kv_cache": "memory", "self.project": "self.project", "layers": "caches", "new_cache": "fresh", "x,": "h,"}
-    for exercise in EXERCISES[::2]:
+    for exercise in COURSE[::2]:
         source = "".join(line for line in course.solution[exercise.module].splitlines(True) if not line.strip().startswith("#"))
         for old, new in names.items():
             source = source.replace(old, new)

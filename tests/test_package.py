@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 MODELS = [
-    "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "gpt", "sort",
-    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "direct", "fast", "corpus", "text", "kept",
-    "rotary", "llama", "formats", "checkpoint",
+    "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "prompts", "gpt", "sort",
+    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "kernels", "direct", "ragged", "fast", "corpus", "text", "kept",
+    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """

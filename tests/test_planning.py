@@ -6,35 +6,35 @@ import random
 import pytest
 
 from kvcache_lib import scheduler
-from kvcache_lib.checks.planning import Problem, _drawn, _expected, check_plan
+from kvcache_lib.checks.planning import _drawn, _expected, check_plan
 from kvcache_lib.checks.report import CheckFailed
 from kvcache_lib.scheduler import Turn, pages_for, plan
 
 SOURCE = inspect.getsource(plan)
-START = "        if not started and pages_for(pending, room, page_size) > free:\n            break\n"
+START = "        if not started and pages_for(pending, room, page_size) > free:\n            return planned\n"
 WRONG = [  # a name, words of the diagnosis, and what is put in place of what
     ("prompts first", "prompts are served before", "in decoding + prompts", "in prompts + decoding"),
     ("in the order of arrival", "in the order of their arrival", "in decoding + prompts", "in range(len(texts))"),
     ("youngest first", "the youngest text comes first", "in decoding + prompts", "in (decoding + prompts)[::-1]"),
     ("one token is decoding", "not started is no text that decodes", "text.started and text.pending == 1", "text.pending == 1"),
     ("pending is forgotten", "more tokens than it has pending", "min(pending, budget, ", "min(budget, "),
-    ("the budget is for each", "each text gets the whole budget", "        budget -= counts[i]\n", ""),
-    ("decoding costs nothing", "not taken off the budget", "budget -= counts[i]", "budget -= counts[i] * (i in prompts)"),
-    ("no chunks", "cut it, and go on with it", "counts[i] = max(0,", "counts[i] = (pending <= budget) * max(0,"),
-    ("no pages", "the pages are not counted", f"{START}        counts[i] = max(0, min(pending, budget, room + free * page_size))", "        counts[i] = min(pending, budget)"),
-    ("pages are for each", "each text sees all free pages", "        free -= pages_for(counts[i], room, page_size)\n", ""),
+    ("the budget is for each", "each text gets the whole budget", "        budget -= planned[i]\n", ""),
+    ("decoding costs nothing", "not taken off the budget", "budget -= planned[i]", "budget -= planned[i] * (i in prompts)"),
+    ("no chunks", "cut it, and go on with it", "planned[i] = max(0,", "planned[i] = (pending <= budget) * max(0,"),
+    ("no pages", "the pages are not counted", f"{START}        planned[i] = max(0, min(pending, budget, room + free * page_size))", "        planned[i] = min(pending, budget)"),
+    ("pages are for each", "each text sees all free pages", "        free -= pages_for(planned[i], room, page_size)\n", ""),
     ("room is forgotten", "is left out: these tokens need no new page", "started, pending, room = texts[i]", "started, pending, room = *texts[i][:2], 0"),
     ("copies are forgotten", "a room below 0 is taken for none", "started, pending, room = texts[i]", "started, pending, room = *texts[i][:2], max(0, texts[i].room)"),
     ("starts anyway", "although there are not enough pages", START, ""),
     ("started ones wait", "that is started already waits", "if not started and pages_for", "if pending > 1 and pages_for"),
-    ("overtaking", "a text overtakes one that must wait", "        if counts[i] < pending:\n", "        if counts[i] < pending and i in decoding:\n"),
-    ("overtaking one that is not started", "a text overtakes one that must wait", f"{START}", START.replace("break", "continue")),
-    ("decoding goes on", "the plan must end there", "        if counts[i] < pending:\n", "        if counts[i] < pending and i in prompts:\n"),
+    ("overtaking", "a text overtakes one that must wait", "        if planned[i] < pending:\n", "        if planned[i] < pending and i in decoding:\n"),
+    ("overtaking one that is not started", "a text overtakes one that must wait", f"{START}", START.replace("return planned", "continue")),
+    ("decoding goes on", "the plan must end there", "        if planned[i] < pending:\n", "        if planned[i] < pending and i in prompts:\n"),
     ("negative", "below 0", "max(0, min(pending, budget, room + free * page_size))", "min(pending, budget, room + free * page_size)"),
-    ("too short", "a number for each text", "    return counts", "    return [n for n in counts if n]"),
-    ("a tuple", "list of whole numbers", "    return counts", "    return tuple(counts)"),
+    ("too short", "a number for each text", "    return planned\n", "    return [n for n in planned if n]\n"),
+    ("a tuple", "list of whole numbers", "    return planned\n", "    return tuple(planned)\n"),
     ("an error", "your code stopped with IndexError", "texts[i]", "texts[i + 1]"),
-    ("not written", "not written yet", "    counts = [0]", "    raise NotImplementedError\n    counts = [0]"),
+    ("not written", "not written yet", "    planned = [0]", "    raise NotImplementedError\n    planned = [0]"),
 ]  # fmt: skip
 
 
@@ -119,4 +119,4 @@ def test_a_plan_keeps_to_budget_and_pages():
         counts = plan(texts, budget, free, size)
         assert sum(counts) <= budget and all(0 <= n <= text.pending for n, text in zip(counts, texts))
         assert sum(pages_for(n, text.room, size) for n, text in zip(counts, texts) if n) <= free
-    assert plan([], 4, 4) == [] and Problem((Turn(True, 1, 0),), 4, 1)
+    assert plan([], 4, 4) == [] and plan([Turn(True, 1, 0)], 4, 1) == [1]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cases import Case, CaseCheck, run_all
 from .report import CheckFailed
-from .ring import shown, turned
+from .ring import SINGLE, apart, attention_weights, close, shown, turned
 
 # %% ../../nbs/tools/checks/grouped.ipynb #cell-3
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Rule:
     """How the tokens start … end−1 attend.
 
     order: of the rows of c_attn.  norm: when queries and keys are normed: "before" they are turned, "after", or "never".
-    normed: which of them.  queries, keys, values: the positions by which each is turned; None: not at all.
+    normed: which of them.  by: whose weights norm queries, and keys.  over: "heads", if the mean is over all heads.
+    cut: how heads are cut: "heads", "interleaved", or "reshaped", from (B, T, …) to (B, heads, T, hs) as the numbers lie.
+    began: of each token, where its chunk began.  queries, keys, values: the positions by which each is turned; None: not at all.
     theta.  shared: (nh,), which head of keys each head of queries gets.  scale: of the scores.  seen: (T, S).
     merged: whether the heads lie side by side again for each token.  projected: by c_proj.
     """
@@ -87,6 +89,10 @@ class Rule:
     order: str = "qkv"
     norm: str = "before"
     normed: str = "qk"
+    by: str = "qk"
+    over: str = "head"
+    cut: str = "heads"
+    began: Tensor | None = None
     merged: bool = True
     projected: bool = True
 
@@ -105,8 +111,18 @@ def parts(layer: Layer, rule: Rule, weights: dict[str, Tensor], x: Tensor) -> di
     if rule.order == "groups":  # each group's queries, its key and its value
         z = rows.unflatten(2, (layer.nkv, -1, layer.hs)).permute(0, 2, 3, 1, 4)  # (B, nkv, members + 2, tokens, hs)
         return {"q": z[:, :, :-2].flatten(1, 2), "k": z[:, :, -2], "v": z[:, :, -1]}
-    split = rows.unflatten(2, (-1, layer.hs)).transpose(1, 2).split([heads[z] for z in rule.order], dim=1)
-    return dict(zip(rule.order, split))
+    split = rows.split([heads[z] * layer.hs for z in rule.order], dim=2)
+    return {name: _cut(layer, rule, z) for name, z in zip(rule.order, split)}
+
+
+def _cut(layer: Layer, rule: Rule, z: Tensor) -> Tensor:
+    "(B, tokens, heads · hs) → (B, heads, tokens, hs)."
+    if rule.cut == "interleaved":
+        return z.unflatten(2, (layer.hs, -1)).permute(0, 3, 1, 2)
+    if rule.cut == "reshaped" and rule.began is not None:  # chunk by chunk, as they come
+        chunks = z.split(rule.began.unique_consecutive(return_counts=True)[1].tolist(), dim=1)
+        return torch.cat([c.reshape(c.size(0), -1, c.size(1), layer.hs) for c in chunks], dim=2)
+    return z.unflatten(2, (-1, layer.hs)).transpose(1, 2)
 
 
 def prepared(layer: Layer, rule: Rule, weights: dict[str, Tensor], x: Tensor, start: int) -> tuple[Tensor, ...]:
@@ -117,7 +133,8 @@ def prepared(layer: Layer, rule: Rule, weights: dict[str, Tensor], x: Tensor, st
     def normed(y, name):
         if not layer.norm or rule.norm == "never" or name not in rule.normed:
             return y
-        return y / (y.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}_norm.weight"]
+        among = (1, 3) if rule.over == "heads" else 3
+        return y / (y.square().mean(dim=among, keepdim=True) + 1e-5).sqrt() * weights[f"{rule.by['qk'.index(name)]}_norm.weight"]
 
     for name, positions in (("q", rule.queries), ("k", rule.keys), ("v", rule.values)):
         y = z[name]
@@ -134,8 +151,7 @@ def prepared(layer: Layer, rule: Rule, weights: dict[str, Tensor], x: Tensor, st
 def outcome(layer: Layer, rule: Rule, weights: dict[str, Tensor], x: Tensor, start: int) -> Tensor:
     "What is returned for the tokens from `start` on: (B, T, C)."
     q, k, v = prepared(layer, rule, weights, x, start)
-    scores = (q @ k[:, rule.shared].mT * rule.scale).masked_fill(~rule.seen, -torch.inf)
-    y = scores.softmax(dim=3) @ v[:, rule.shared]
+    y = attention_weights(q @ k[:, rule.shared].mT * rule.scale, rule.seen) @ v[:, rule.shared]
     y = y.transpose(1, 2).flatten(2) if rule.merged else y.reshape(y.size(0), y.size(2), -1)
     return y @ weights["c_proj.weight"].T if rule.projected else y
 
@@ -163,7 +179,19 @@ MISTAKES: dict[str, Mistake] = {
         r, keys=r.keys * (1 + torch.tensor([len(set(began[t:].tolist())) - 1 for t in range(len(began))]))
     ),
     "theta is not the configuration's: pass self.theta to `rotation`": lambda c, r, P, began: replace(r, theta=10_000.0),
+    "P is not the number of cached tokens but of heads: tokens are on axis 2 of (B, n_kv_head, P, hs), so kv_cache[0].size(2)": lambda c, r, P, began: replace(
+        r, queries=r.queries - P + c.nkv * (P > 0), keys=r.keys - began + c.nkv * (began > 0)
+    ),
     "there is no mask: in a chunk, tokens see those after them": lambda c, r, P, began: replace(r, seen=torch.ones_like(r.seen)),
+    "there is no mask behind cached tokens (P > 0): a chunk needs one there too": lambda c, r, P, began: replace(
+        r, seen=torch.ones_like(r.seen) if P else r.seen
+    ),
+    "the mask is off by one: a token does not see itself. Key i is seen where i ≤ P + j": lambda c, r, P, began: replace(
+        r, seen=torch.ones_like(r.seen).tril(P - 1)
+    ),
+    "the mask is off by one: a token sees the one after it. Key i is seen where i ≤ P + j": lambda c, r, P, began: replace(
+        r, seen=torch.ones_like(r.seen).tril(P + 1)
+    ),
     "the mask begins at the left: row j of it is for the token at P + j (is_causal knows no P)": lambda c, r, P, began: replace(
         r, seen=torch.ones_like(r.seen).tril()
     ),
@@ -179,9 +207,22 @@ MISTAKES: dict[str, Mistake] = {
     "the scores are divided by the root of n_kv_head: divide by that of the head size": lambda c, r, P, began: replace(r, scale=c.nkv**-0.5),
     "queries and keys are normed after they are turned: norm them before": lambda c, r, P, began: replace(r, norm="after"),
     "queries and keys are not normed: where there is a q_norm, both are, before they are turned": lambda c, r, P, began: replace(r, norm="never"),
+    "keys are normed by q_norm: k_norm is theirs": lambda c, r, P, began: replace(r, by="qq"),
+    "queries are normed by k_norm: q_norm is theirs": lambda c, r, P, began: replace(r, by="kk"),
+    "q_norm and k_norm are swapped: q_norm is for queries": lambda c, r, P, began: replace(r, by="kq"),
+    "the mean of the norm is over all heads of a token: norm each head by itself": lambda c, r, P, began: replace(r, over="heads"),
     "keys are not normed: k_norm is theirs": lambda c, r, P, began: replace(r, normed="q"),
     "queries are not normed: q_norm is theirs": lambda c, r, P, began: replace(r, normed="k"),
     "the heads are not put side by side again: from (B, nh, T, hs) transpose to (B, T, nh, hs), then flatten": lambda c, r, P, began: replace(r, merged=False),
+    "the heads are interleaved: a head is head_size neighbouring numbers, so cut into (…, heads, hs), not (…, hs, heads)": lambda c, r, P, began: replace(
+        r, cut="interleaved"
+    ),
+    "the heads are cut by a reshape to (B, heads, T, hs), which mixes tokens: cut (B, T, heads, hs), then transpose": lambda c, r, P, began: replace(
+        r, cut="reshaped", began=began
+    ),
+    "the heads are cut, and put together again, by reshapes, which mix tokens: cut (B, T, heads, hs), then transpose; and back": lambda c, r, P, began: replace(
+        r, cut="reshaped", began=began, merged=False
+    ),
     "c_proj is not applied": lambda c, r, P, began: replace(r, projected=False),
     **{
         f"the rows of c_attn are taken as {', '.join(_NAMES[z] for z in order)}: they are queries, keys, values": partial(
@@ -215,10 +256,6 @@ def _call(module, x, held):
     return {"out": out, "changed": changed}
 
 
-def _close(a: Tensor, b: Tensor) -> Tensor:
-    return torch.isclose(a.double(), b, rtol=0, atol=1e-9 if a.dtype == torch.float64 else 1e-4, equal_nan=True)
-
-
 def judge(layer: Layer, seed: int, seen: list) -> None:
     "Whether each call returned the right rows and the right cache."
     weights, x = layer.numbers(seed)
@@ -227,18 +264,29 @@ def judge(layer: Layer, seed: int, seen: list) -> None:
         if "error" in out:
             e = out["error"]
             line = f" (it stopped in {e['where']}: `{e['text']}`)" if e["text"] else f" (it stopped in {e['where']})"
-            raise CheckFailed(f"your code stopped with {e['type']}: {e['message'][:300]}{line}", "", where)
+            raise CheckFailed(f"your code stopped with {e['type']}: {e['message'][:300]}{line}{_perhaps(e['message'], start)}", "", where)
         y, cache = _taken(layer, out["value"]["out"], start, end, where)
         if out["value"]["changed"]:
             raise CheckFailed(
                 f"{out['value']['changed'][0]} is changed in place: whoever passed it in still holds it. Make new tensors and a new list", "", where, sure=True)  # fmt: skip
         rule = right(layer, start, end)
         expected = outcome(layer, rule, weights, x[:, :end], start)
-        wrong = ~_close(y, expected)
+        wrong = ~close(y, expected)
         if wrong.any():
             b, j = wrong.any(dim=2).nonzero()[0].tolist()
-            _explain(layer, weights, x, n, seen, f"{where}, position {start + j}: y is {shown(y[b, j, :4])} …, expected {shown(expected[b, j, :4])} …")
+            _explain(layer, weights, x, n, seen, f"{where}, position {start + j}: y is {shown(y[b, j, :4])} …, expected {shown(expected[b, j, :4])} …{apart(y[b, j], expected[b, j])}")
         _cached(layer, rule, weights, x[:, :end], start, cache, where)
+
+
+def _perhaps(said: str, P: int) -> str:
+    "What an error about sizes usually comes from."
+    if "normalized_shape" in said or "normalized shape" in said:
+        return ". q_norm and k_norm take one head's head_size numbers at a time: cut into heads first, then norm"
+    if any(words in said for words in ("to unpack", "split_with_sizes", "unflatten", "is invalid for input")):
+        return ". Are queries, keys and values cut by `self.sizes`? They are n_head · head_size numbers, then twice n_kv_head · head_size"
+    if P and any(words in said for words in ("must match", "expanded size", "broadcast", "Sizes of tensors")):
+        return ". Tokens are on axis 2 of (B, n_kv_head, T, hs): P is kv_cache[0].size(2), and new keys are joined to the old ones along dim 2"
+    return ""
 
 
 def _taken(layer, out, start, end, where) -> tuple[Tensor, Any]:
@@ -256,18 +304,22 @@ def _taken(layer, out, start, end, where) -> tuple[Tensor, Any]:
 
 
 def _explain(layer: Layer, weights: dict, x: Tensor, n: int, seen: list, example: str) -> None:
-    def gives(mistake, many):
+    def gives(mistake, many, rough):
         for out, (start, end, began) in list(zip(seen, layer.calls()))[:many]:
             y = out["value"]["out"][0] if "value" in out and type(out["value"]["out"]) in (list, tuple) else None
             expected = outcome(layer, mistake(layer, right(layer, start, end), start, began), weights, x[:, :end], start)
-            if not isinstance(y, Tensor) or y.shape != expected.shape or not _close(y, expected).all():
+            if not isinstance(y, Tensor) or y.shape != expected.shape or not close(y.nan_to_num(), expected, rough).all():
                 return False
         return True
 
-    for many in (len(seen), n + 1):
-        for words, mistake in MISTAKES.items():
-            if gives(mistake, many):
-                raise CheckFailed(words, "", example, sure=True)
+    single = SINGLE.replace("q.dtype", "x.dtype")
+    for rough in (False, True):
+        for many in (len(seen), n + 1):
+            if rough and gives(lambda layer, r, start, began: r, many, rough):
+                raise CheckFailed(single, "", example, sure=True)
+            for words, mistake in MISTAKES.items():
+                if gives(mistake, many, rough):
+                    raise CheckFailed(words, "", example + f". Besides, {single}" * rough, sure=True)
     raise CheckFailed("y is not what attention gives, and no known mistake gives just these numbers", "", example)
 
 
@@ -280,21 +332,25 @@ def _cached(layer, rule, weights, x, start, cache, where) -> None:
                 f"{name} is repeated before it is cached: the cache takes {layer.nh // layer.nkv} times the bytes. Cache n_kv_head heads, repeat them for attention alone",
                 "", f"{where}: the cached {name} is {tuple(z.shape)}, expected {tuple(expected.shape)}", sure=True)  # fmt: skip
         if z.shape != expected.shape:
-            kept = "only the new tokens are cached" if start and z.size(-2) == x.size(1) - start else "the cached tensors must be (B, n_kv_head, P+T, hs)"
+            kept = "the cached tensors must be (B, n_kv_head, P+T, hs): new tokens are joined to the old ones on axis 2"
+            kept = "only the new tokens are cached" if start and z.shape == (layer.B, layer.nkv, x.size(1) - start, layer.hs) else kept
             raise CheckFailed(kept, "", f"{where}: {name} is {tuple(z.shape)}, expected {tuple(expected.shape)}")
-    if _close(cache[0], k).all() and _close(cache[1], v).all():
+    if close(cache[0], k).all() and close(cache[1], v).all():
         return
-    if _close(cache[0], v).all() and _close(cache[1], k).all():
+    if close(cache[0], v).all() and close(cache[1], k).all():
         raise CheckFailed("the cache is [v, k]: keys come first", "", where, "return y, [k, v]", sure=True)
+    if all(close(z, expected, rough=True).all() for z, expected in zip(cache, (k, v))):
+        worst = max((z - expected).abs().max().item() for z, expected in zip(cache, (k, v)))
+        raise CheckFailed(SINGLE.replace("q.dtype", "x.dtype"), "", f"{where}: what is cached is off by up to {worst:.0e}", sure=True)
     T = x.size(1) - start
-    if start and _close(cache[0].roll(-T, 2), k).all() and _close(cache[1].roll(-T, 2), v).all():
+    if start and close(cache[0].roll(-T, 2), k).all() and close(cache[1].roll(-T, 2), v).all():
         raise CheckFailed("the new tokens stand before the old ones in the cache: put them behind", "", where, sure=True)
-    if not _close(cache[0], k).all() and _close(cache[0], prepared(layer, replace(rule, keys=None), weights, x, start)[1]).all():
+    if not close(cache[0], k).all() and close(cache[0], prepared(layer, replace(rule, keys=None), weights, x, start)[1]).all():
         mistake = "keys are cached before they are turned: turn each once, then cache it"
-        raise CheckFailed(mistake, "", f"{where}: y is right, but each step would have to turn all keys again", sure=True)
-    name = "key" if not _close(cache[0], k).all() else "value"
+        raise CheckFailed(mistake, "", f"{where}: the keys in the cache are not turned. The next call must turn all of them again, or looks at keys of no position", sure=True)
+    name = "key" if not close(cache[0], k).all() else "value"
     got, expected = (cache[0], k) if name == "key" else (cache[1], v)
-    b, h, p = (~_close(got, expected)).any(dim=3).nonzero()[0].tolist()
+    b, h, p = (~close(got, expected)).any(dim=3).nonzero()[0].tolist()
     raise CheckFailed(
         f"y is right, but not what is cached: the {name} of a token is not the one that was attended with", "",
         f"{where}, position {p}, head {h}: got {shown(got[b, h, p])}, expected {shown(expected[b, h, p])}")  # fmt: skip

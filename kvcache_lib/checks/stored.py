@@ -68,8 +68,10 @@ def _made_by_mistake(tensors: dict[str, Tensor], layer: int, ours: str) -> Itera
     "`(words, tensor)`: what a mistake would put in the place of a weight."
     expected = right(tensors, layer)
     if expected[ours].ndim == 2:
-        stored = "GPT-2 stores it as (in, out)" if f"transformer.h.{layer}.{ours}" in tensors else "a Llama's matrices are stored as (out, in), as ours"
-        yield f"{ours} is transposed: {stored}", expected[ours].T
+        words = "is transposed, and should not be: a Llama's matrices are stored as (out, in), as ours"
+        if f"transformer.h.{layer}.{ours}" in tensors:
+            words = "is still as it is stored: GPT-2 stores it as (in, out), ours is (out, in), so transpose it"
+        yield f"{ours} {words}", expected[ours].T
     if ours in LLAMA and len(LLAMA[ours]) > 1 and f"model.layers.{layer}.input_layernorm.weight" in tensors:
         parts = {name.rpartition(".")[2]: tensors[f"model.layers.{layer}.{name}.weight"] for name in LLAMA[ours]}
         order = ", ".join(parts)
@@ -125,7 +127,10 @@ def judge(make: Callable[[int], dict], seed: int, layers: tuple[int, ...], seen:
         for name, z in expected.items():
             if not same(got[name], z):
                 shape = tuple(got[name].shape) if isinstance(got[name], Tensor) else got[name]
-                example = f"{where}: {name} is {shape}, expected {tuple(z.shape)}" + ", and other numbers" * (shape == tuple(z.shape))
+                example = f"{where}: {name} is {shape}, expected {tuple(z.shape)}"
+                if shape == tuple(z.shape):
+                    at = tuple((got[name] != z).nonzero()[0].tolist())
+                    example = f"{where}: {name} has the right shape, {shape}, but at {at} it is {got[name][at].item():.3f}, expected {z[at].item():.3f}"
                 words = next((words for words, other in _made_by_mistake(tensors, layer, name) if same(got[name], other)), None)
                 raise CheckFailed(words or f"{name} is not made of the right tensors of the checkpoint", "", example, sure=words is not None)
 

@@ -70,7 +70,7 @@ once those above are done: the notebooks use the library's own classes beside yo
 {extras}
 
 If you have nbdev: `nbdev_test`, run in this folder, runs all notebooks, which takes some minutes. \
-(`nbdev_test --file_re "{stems}"` runs the exercises alone.) It passes when all exercises are solved. A notebook that fails \
+(`nbdev_test --file_re "{stems}"` runs the three exercises of the course alone.) It passes when all exercises are solved. A notebook that fails \
 before the others makes them fail too: begin with the first.
 
 **Stuck?** Each method has two folded hints. Below it is a cell that gives you the solution, so that you can go on. \
@@ -84,7 +84,7 @@ number goes by the name of its notebook.
 def readme() -> str:
     "The learner's README, with a row for each exercise."
     def row(e):
-        name, names = "" if e.number is None else f"exercise {e.number}", ", ".join(f"`{name}`" for name in e.checks)
+        name, names = f"the exercise of {e.notebook[:2]}" if e.number is None else f"exercise {e.number}", ", ".join(f"`{name}`" for name in e.checks)
         return f"| {name} | {names} | `{e.notebook}.ipynb` | {e.minutes} minutes |"
 
     rows, extras = ("\n".join(row(e) for e in EXERCISES if e.extra == extra) for extra in (False, True))

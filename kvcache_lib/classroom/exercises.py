@@ -54,6 +54,9 @@ EXERCISES = (
     Exercise(5, "12_llama", {"GroupedAttention_kv.forward": "grouped.check_grouped"}, points=3, minutes=20),
     Exercise(None, "13_checkpoint", {"layer_weights": "stored.check_layer_weights"}, points=1, minutes=10),
     Exercise(None, "14_ragged", {"left_padded": "padding.check_left_padded"}, points=1, minutes=10),
+    Exercise(6, "15_paged", {f"PageTable.{name}": f"pages.check_{name}" for name in ("place", "append", "fork", "free")}, points=1, minutes=25),
+    Exercise(None, "16_prefix", {f"PrefixCache.{name}": f"prefixes.check_{name}" for name in ("find", "lookup", "evict")}, points=1, minutes=20),
+    Exercise(None, "17_scheduler", {"plan": "planning.check_plan"}, points=1, minutes=15),
 )
 COURSE = tuple(exercise for exercise in EXERCISES if not exercise.extra)
 PACKAGE = "my_kvcache"  # the learner's own

@@ -29,7 +29,7 @@ except ImportError:  # Windows
 
 # %% ../../nbs/tools/classroom/sandbox.ipynb #cell-4
 # Of this library: what the exercises build on, and what observes them. No solutions, and nothing that holds one.
-VISIBLE = ("__init__.py", "arguments.py", "config.py", "mingpt.py", "trainer.py", "weights.py", "named.py", "plots.py", "checks")
+VISIBLE = ("__init__.py", "arguments.py", "config.py", "folders.py", "mingpt.py", "prompts.py", "trainer.py", "weights.py", "named.py", "plots.py", "checks")
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64")
 ROOM = 256 * 2**20  # bytes of the room's /tmp
 

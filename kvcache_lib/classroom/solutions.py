@@ -32,6 +32,7 @@ def for_learner(source: str) -> str:
             return match[0]
         return match[1] + " (in the course, not in this folder)" * match[2][:2].isdigit()  # a tool nobody needs to read
 
+    source = re.sub(r"\[([^\]]*)\]\(\.\./[^()\s]+\)", r"\1 (in the course, not in this folder)", source)
     return re.sub(r"\[([^\]]*)\]\(([^()\s]+)\.ipynb(?:#[^()\s]*)?\)", link, source)
 
 

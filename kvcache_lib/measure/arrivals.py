@@ -22,7 +22,7 @@ class Arrivals:
     requests: int = 32
     shared: int = 96  # tokens that every other prompt begins with
     prompt: tuple[int, int] = (16, 160)  # tokens of its own
-    new: tuple[int, int] = (16, 256)  # tokens that are written
+    new: tuple[int, int] = (32, 128)  # tokens that are written
     load: float = 8.0  # requests that arrive while one is written alone
     seed: int = 0
 

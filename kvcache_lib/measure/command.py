@@ -31,7 +31,7 @@ def arguments(argv, models, contexts) -> argparse.Namespace:
         help="measure the fast GPT of notebook 09 beside transformers and a floor; about twenty minutes, 8 GB")
     add("--compiled", action="store_true", help="with --ladder: also with torch.compile")
     add("--serve", action="store_true",
-        help="serve many requests at once, as in notebook 17, beside transformers; about six minutes, 4 GB")
+        help="serve many requests at once, as in notebook 17, beside transformers; about ten minutes, 4 GB")
     add("--requests", type=int, help="with --serve: how many arrive (32)")
     add("--rounds", type=int, help="with --serve: how often each way of serving gets them (2)")
     add("--out", help="the results file, default benchmark_results.txt, ladder_results.txt or serve_results.txt; a .json is written beside it")

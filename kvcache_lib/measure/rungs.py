@@ -16,6 +16,7 @@ from torch import Tensor
 from ..block import Block_kv
 from ..fast import Block_fast, CausalSelfAttention_fast, GPT_fast
 from ..gpt import GPT_kv
+from ..kernels import use
 from .contestants import fast_step
 from .subjects import VOCAB_SIZE, same_weights
 
@@ -61,14 +62,10 @@ def sharing(model_class: type, model):
     return other.eval()
 
 
-def _with_onednn(step: Callable, on: bool) -> Callable:
+def _with(product: str, step: Callable) -> Callable:
     def run():
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = on
-        try:
+        with use(product):
             return step()
-        finally:
-            torch.backends.mkldnn.enabled = before
 
     return run
 
@@ -85,5 +82,6 @@ def rung_steps(model_type: str, S: int) -> dict[str, Callable]:
             return kv(idx, kv_cache=lists)[0][:, -1]
 
     models = {"1 in place": GPT_in_place, "2 fused attention": GPT_in_place_fused, "3 fused GELU": GPT_fast, "4 every core": GPT_fast}
-    steps = {name: _with_onednn(fast_step(sharing(cls, kv), idx), name[0] == "4") for name, cls in models.items()}
+    products = {name: "measured" if name[0] == "4" else "plain" for name in models}
+    steps = {name: _with(products[name], fast_step(sharing(cls, kv), idx)) for name, cls in models.items()}
     return {"0 cat": cat, **steps}
