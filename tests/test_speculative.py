@@ -76,12 +76,27 @@ def test_the_end_token_ends_the_text_inside_a_run(draft):
     model = TARGETS["GPT_fast"]
     idx = torch.randint(20, (1, 5), generator=torch.Generator().manual_seed(3))
     plain = model.generate_kv(idx, 30)[0, 5:].tolist()
-    for end in set(plain):
+    for end in sorted(set(plain), key=plain.index)[:4]:
         want = model.generate_kv(idx, 30, eos_token=end)
         assert torch.equal(generate_speculative(model, DRAFTS[draft](), idx, 30, eos_token=end), want)
         assert want.size(1) == 5 + plain.index(end) + 1
         streamed = list(generate_speculative(model, DRAFTS[draft](), idx, 30, eos_token=end, stream=True))
         assert all(token.shape == (1, 1) for token in streamed) and torch.equal(torch.cat([idx, *streamed], 1), want)
+
+
+def test_a_comparison_forgives_a_tie_and_nothing_else(monkeypatch):
+    model, rounds = text_model(GPT_fast), dict(seconds=0.01)
+    idx = encode_sections(kept_tokenizer(), kept_corpus()[1])[None, :30]
+    (row,) = speculative.compare_drafts(model, {"lookup": (PromptLookup(), 4)}, idx, 12, **rounds)
+    assert row["tokens a step"] >= 1 and 0 <= row["accepted, %"] <= 100
+    text = model.generate_kv(idx, 12)
+    other = text.clone()
+    other[0, 35] = (text[0, 35] + 1) % 1024
+    monkeypatch.setattr(speculative, "generate_speculative", lambda *_, **more: other)
+    with pytest.raises(AssertionError, match="part at token 35"):
+        speculative.compare_drafts(model, {"lookup": (PromptLookup(), 4)}, idx, 12, **rounds)
+    model.lm_head.weight.data[other[0, 35]] = model.lm_head.weight.data[text[0, 35]]  # now these two are tied
+    speculative._check_same(model, text, other)
 
 
 class Told:
