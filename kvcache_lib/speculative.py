@@ -89,13 +89,12 @@ class Choice(NamedTuple):
 
     def decide(self, tokens: Tensor, q: Tensor | None, logits: Tensor) -> tuple[int, int]:
         "How many drafted tokens are accepted, and the token after those. q: None for tokens that were not drawn."
-        n = len(tokens)
         if not self.do_sample:
             best = logits.argmax(dim=1).tolist()
-            accepted = next((i for i, x in enumerate(tokens.tolist()) if x != best[i]), n)
+            accepted = next((i for i, x in enumerate(tokens.tolist()) if x != best[i]), len(tokens))
             return accepted, best[accepted]
         p = self.probabilities(logits)
-        u = torch.rand(n + 1, dtype=p.dtype, device=p.device, generator=self.generator)
+        u = torch.rand(len(tokens) + 1, dtype=p.dtype, device=p.device, generator=self.generator)
         return verify(tokens, F.one_hot(tokens, p.size(1)).to(p) if q is None else q, p, u)
 
 # %% ../nbs/18_speculative.ipynb #cell-23
