@@ -130,6 +130,10 @@ class QuantizedLayer:
                 K[:, :, group], V[:, :, group] = self._dequantized(old, old + r.group)
         return torch.cat(found, dim) if found else k
 
+    def __setitem__(self, rows: Any, kv: Tensor) -> None:
+        "Store the new tokens, (2, B, n_kv_head, T, hs): what `KVBuffer.append` does with a layer."
+        self.attend(*kv, None)
+
     def _whole(self, Q: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values of all tokens in memory of their own, (B, nh, end, hs): Q rounded ones, then those in full."
         parts = [z[:, :, Q - self.buffer.first : self.P - self.buffer.first] for z in self.full]
@@ -267,19 +271,6 @@ class QuantizedBuffer(KVBuffer):
             self.length, self.first = end, first
         finally:
             self.rows = self.training = None
-
-    @torch.no_grad()
-    def append(self, kv: Tensor) -> None:
-        n_layer, _, B, nh, _, hs = self.data.shape
-        want = (n_layer, 2, B, nh, "n", hs)
-        if not isinstance(kv, Tensor) or kv.ndim != 6:
-            raise TypeError(f"expected keys and values in one tensor {want}, got {tuple(kv.shape) if isinstance(kv, Tensor) else type(kv).__name__}")
-        got = (*kv.shape[:4], "n", kv.size(5))
-        if want != got or (kv.dtype, kv.device) != (self.data.dtype, self.data.device):
-            raise ValueError(f"expected keys and values {want}, {self.data.dtype} on {self.data.device}, got {tuple(kv.shape)}, {kv.dtype} on {kv.device}")
-        with self.extend(kv.size(4)) as layers:
-            for layer, (k, v) in zip(layers, kv):
-                layer.attend(k, v, None)
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens.
