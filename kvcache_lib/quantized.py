@@ -105,7 +105,7 @@ class QuantizedLayer:
         r, first = b.rounding, b.first
         Q, fits = r.rounded(P), end - first <= self.full.size(3)
         if fits:
-            self.full[:, :, :, P - first : end - first] = torch.stack([k, v])
+            self.full[0][:, :, P - first : end - first], self.full[1][:, :, P - first : end - first] = k, v
         if end == P + 1:  # a decode step: nothing of it is rounded before it attends
             if attention is None:
                 y = k

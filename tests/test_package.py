@@ -10,8 +10,8 @@ import pytest
 
 MODELS = [
     "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "prompts", "gpt", "sort",
-    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "kernels", "direct", "ragged", "fast", "corpus", "text", "kept",
-    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines",
+    "measure.timing", "measure.reading", "measure.subjects", "benchmark", "rounding", "cost", "buffer", "kernels", "direct", "ragged", "fast", "corpus", "text", "kept",
+    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines", "int8", "quantized",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """
