@@ -93,6 +93,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         w = layer.weight.detach()
         self.out_features, self.in_features, self.bias = layer.out_features, layer.in_features, layer.bias
+        w = w if w.dtype.itemsize >= 4 else w.float()
         scale = (w.abs().amax(1).to(torch.float32) / MOST).clamp_min(TINY)
         if not scale.isfinite().all():
             raise ValueError("expected weights that are finite numbers")
@@ -132,10 +133,11 @@ class Int8Linear(nn.Module):
         return y * (top / MOST_IN) if self.bias is None else torch.addcmul(self.bias, y, top / MOST_IN)
 
     def _by_float(self, x: Tensor, codes: Tensor) -> Tensor:
-        top = x.abs().amax(-1, keepdim=True).clamp_min(TINY)
-        y = F.linear((x * (MOST_IN / top)).round(), codes.to(x.device, x.dtype)) * self.scale.to(x.device, x.dtype)
+        wide = x if x.dtype.itemsize >= 4 else x.float()  # in fewer bits, sums are not whole
+        top = wide.abs().amax(-1, keepdim=True).clamp_min(TINY)
+        y = F.linear((wide * (MOST_IN / top)).round(), codes.to(wide.device, wide.dtype)) * self.scale.to(wide.device, wide.dtype)
         y = y * (top / MOST_IN)
-        return y if self.bias is None else y + self.bias
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -21,6 +21,7 @@ from kvcache_lib.mingpt import GPTConfig
 from kvcache_lib.ragged import packed_step
 from kvcache_lib.rotary import rotate, rotation
 from kvcache_lib.rounding import Rounding, row_bytes
+from kvcache_lib.speculative import EarlyExit, PromptLookup, generate_speculative
 
 EXACT = dict(rtol=0, atol=0)
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -349,6 +350,25 @@ def test_past_the_block_size_the_last_tokens_are_encoded_afresh():
         window = text[:, -48:]
         text = torch.cat([text, model.step(window, model.new_buffer(2), last_only=True)[0][:, -1].argmax(1, keepdim=True)], 1)
     assert model.generate_kv(idx, 8).equal(text)
+
+
+def test_guessing_ahead_takes_back_what_was_rounded():
+    for r in (Rounding(8, 8, 0, 8), Rounding(4, 6, 3, 8)):  # a group holds more than the guesses of a step
+        model, idx = made(GPT_fast, r, weights="int8"), tokens(9, 1)
+        want = model.generate_kv(idx, 30)
+        for draft in (PromptLookup(), EarlyExit(1)):
+            assert generate_speculative(model, draft, idx, 30, k=4).equal(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_floats_are_computed_in_larger_ones(dtype):
+    layer, x = nn.Linear(64, 8), torch.randn(3, 64)
+    x[1] = 0
+    x[2] *= 1e-4
+    small = Int8Linear(copy.deepcopy(layer).to(dtype))
+    torch.testing.assert_close(small(x.to(dtype)).float(), layer(x).detach(), rtol=0.05, atol=0.05)
+    model = room.quantized(copy.deepcopy(model_of(GPT_fast)).to(dtype), "int8", "int8", group=4)
+    assert model.generate_kv(tokens(9), 9).shape == (2, 18)
 
 
 def test_the_model_it_is_made_of_stays_as_it_was():
