@@ -87,7 +87,8 @@ def shorten(folder):
 
 def body_lines(exercise):
     "The lines of the solution's code: no signatures, no docstrings."
-    source = solution(exercise)
+    nb = course_notebook(exercise.notebook)
+    source = "\n\n".join(nb["cells"][at]["source"] for at in definition_cells(nb, exercise))
     for name in exercise.checks:
         node = find_definition(source, name)
         for line in source.split("\n")[node.body[1].lineno - 1 : node.end_lineno]:
