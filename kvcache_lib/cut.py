@@ -114,10 +114,11 @@ class Link:
             raise ValueError(f"expected bandwidth > 0 and latency ≥ 0, got {self}")
 
     def seconds(self, config: Any, processes: int, new: int = 1, batch: int = 1, itemsize: int = 4) -> float:
-        "What a step of so many processes waits for the link, if its sums are made in a ring."
+        "What a step of so many processes waits for the link: bytes as in a ring, messages one after the other as in a tree."
         N = processes
         summed, gathered = _handed(config, N, new, batch, itemsize, False)
-        messages = 2 * (N - 1) * (2 * resolved(config).n_layer + 1) + 2 * (N - 1)
+        height = (N - 1).bit_length()
+        messages = 2 * height * (2 * resolved(config).n_layer + 1) + 2 * height  # the sums, and two gatherings
         return (2 * (N - 1) / N * summed + (N - 1) * gathered) / self.bandwidth + messages * self.latency
 
 
