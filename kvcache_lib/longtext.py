@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .buffer import KVBuffer
 from .config import GPTConfig, check_whole
-from .processes import PeerLost
+from .fast import GPT_fast
+from .peers import PeerLost
 from .ragged import Packed
 
 # %% ../nbs/21_longtext.ipynb #cell-9
@@ -208,7 +209,7 @@ class DealtCache:
     """
 
     def __init__(self, model: Any, processes: int | None = None):
-        if not callable(getattr(model, "encode", None)):
+        if not isinstance(model, GPT_fast):
             raise TypeError(f"expected a GPT_fast or a Llama, got {type(model).__name__}")
         sizes, w = model.config.cache_sizes(), model.weight_like()
         if sizes.window is not None:
@@ -230,12 +231,16 @@ class DealtCache:
         for r in range(1, self.processes):
             self.line.send(torch.tensor(numbers), r)
 
+    def check_room(self, T: int) -> None:
+        "Raise ValueError unless there is room for T ≥ 1 more tokens."
+        if self.length + check_whole("the number of new tokens", T, 1) > self.longest:
+            raise ValueError(f"the cache may hold {self.longest} tokens, not {self.length + T}")
+
     @contextmanager
     def extend(self, T: int) -> Iterator[Iterator[DealtLayer]]:
         "Append T tokens: a `with` block that is given the layers. `length` moves when it ends. ValueError if there is no room."
         P = self.length
-        if P + check_whole("T", T, 1) > self.longest:
-            raise ValueError(f"the cache may hold {self.longest} tokens, not {P + T}")
+        self.check_room(T)
         self._say([P, T])
         with self.rows.extend(P, T) as layers:
             yield (DealtLayer(self, P, attend) for attend in layers)
@@ -260,6 +265,7 @@ def dealt_step(model: Any, new: Tensor, cache: DealtCache) -> Tensor:
 
     Raises ValueError, before anything is sent, if there is no room.
     """
+    cache.check_room(len(new))
     packed = Packed([(cache.length, len(new), cache)], new.device)
     x = model.embed(new[None], packed.positions)
     with cache.extend(len(new)) as layers:
