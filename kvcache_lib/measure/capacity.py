@@ -7,6 +7,7 @@ __all__ = ['plan_row', 'plan_table', 'capacity_picture', 'plan_html', 'Still', '
 
 # %% ../../nbs/tools/measure/capacity.ipynb #cell-2
 import argparse
+import contextlib
 import html
 import os
 import sys
@@ -167,12 +168,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"expected --gpus 1 with --machine here, got {args.gpus}: the links of this machine are not measured")
         kinds = [None if name == "here" else find_hardware(name) for name in names]
         machines = [(kind or here(itemsize=itemsize_of(args.weights)), args.gpus) for kind in kinds]
-        print(plan_table(args.model, machines, context, **how))
+        print(plan_table(args.model, machines, context, **how), flush=True)
     except (ValueError, TypeError, MemoryError) as e:
         print(f"kvcache-plan: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # whoever read has seen enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at the end is silent
         return 0
     except KeyboardInterrupt:
         return 130
