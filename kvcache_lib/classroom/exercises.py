@@ -57,6 +57,7 @@ EXERCISES = (
     Exercise(6, "15_paged", {f"PageTable.{name}": f"pages.check_{name}" for name in ("place", "append", "fork", "free")}, points=1, minutes=25),
     Exercise(None, "16_prefix", {f"PrefixCache.{name}": f"prefixes.check_{name}" for name in ("find", "lookup", "evict")}, points=1, minutes=20),
     Exercise(None, "17_scheduler", {"plan": "planning.check_plan"}, points=1, minutes=15),
+    Exercise(None, "18_speculative", {"verify": "guessing.check_verify", "advance": "guessing.check_advance"}, points=2, minutes=25),
     Exercise(7, "21_longtext", {"join": "joining.check_join"}, points=2, minutes=15),
     Exercise(None, "22_planner", {"users_at_once": "capacity.check_users_at_once"}, points=1, minutes=15),
 )
