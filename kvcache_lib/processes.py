@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'ProcessFailed', 'group_device', 'join', 'Answer', 'packed', 'unpacked', 'answer', 'end_with_parent',
-           'blamed', 'Processes']
+           'start_method', 'blamed', 'Processes']
 
 # %% ../nbs/tools/processes.ipynb #cell-2
 import datetime
@@ -19,7 +19,7 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, set_forkserver_preload
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -146,6 +146,17 @@ def _serve(rank: int, size: int, port: int, threads: int, timeout: float, device
     os._exit(0)  # the others may be gone: there is nobody to say good-bye to
 
 # %% ../nbs/tools/processes.ipynb #cell-8
+def start_method() -> Any:
+    """How processes begin: on Linux as copies of one that has loaded torch and done nothing else, so that it is loaded once.
+
+    That one stays, asleep, until the program ends. Elsewhere each loads torch itself.
+    """
+    if sys.platform != "linux":
+        return get_context("spawn")
+    set_forkserver_preload(["torch", "torch.distributed"])
+    return get_context("forkserver")
+
+
 GRACE = 2.0  # seconds for the others to say something, after the first has failed
 
 
@@ -202,7 +213,7 @@ class Processes:
             self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         except (RuntimeError, OSError) as e:  # DistNetworkError is the former
             raise ValueError(f"expected a free port, got {port}, which is taken: {str(e).splitlines()[0]}") from None
-        context, self._processes, self._pipes = get_context("spawn"), [], []
+        context, self._processes, self._pipes = start_method(), [], []
         self._close = weakref.finalize(self, _end, self._processes, self._pipes)
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a process loads torch
