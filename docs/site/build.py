@@ -91,7 +91,7 @@ def reference(wanted: list) -> dict:
             + ("   :ignore-module-all:\n" if (ROOT / Path(*module.split("."))).is_dir() else "")
         )
     text = "API reference\n=============\n\nMade from the docstrings. What people read comes first, then the tools, room by room.\n"
-    from reference import inline
+    from apidocs import inline
 
     for folder in sorted(rooms):
         heading = f"{folder}/" if folder else "The rooms"

@@ -1,5 +1,6 @@
 """Sphinx: the site's settings. `build.py` lays the pages out; `make site` runs it."""
 
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import apidocs  # noqa: E402
 import sources  # noqa: E402
 
 _cfg = sources.CFG
@@ -15,7 +17,7 @@ _cfg = sources.CFG
 project, author, copyright = _cfg["lib_name"], _cfg["author"], _cfg["copyright"]
 version = release = _cfg["version"]
 language = "en"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax", "reference"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode", "sphinx.ext.mathjax", "apidocs"]
 
 # Notebooks: what is committed is what is shown.
 nb_execution_mode = "off"
@@ -25,7 +27,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_heading_slug_func = "sources.anchor"  # as in JupyterLab
 
-# The reference: docstrings as they are, see reference.py.
+# The reference: docstrings as they are, see apidocs.py.
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
@@ -34,7 +36,7 @@ python_maximum_signature_line_length = 70
 python_use_unqualified_type_names = True
 add_module_names = False
 default_role = "py:obj"
-viewcode_line_numbers = False
+linkcode_resolve = apidocs.source_of
 
 html_theme = "furo"
 html_title = _cfg["lib_name"]
@@ -58,13 +60,16 @@ def _copy_mathjax(app, error):
         shutil.copy(origin / "tex-chtml.js", target)
 
 
-def _say_levels(app, pagename, templatename, context, doctree):
-    "The captions of the contents are headings; a screen reader wants to know of which level."
+def _accessible(app, pagename, templatename, context, doctree):
+    "Captions are headings of a level; the lines of a long signature are no list, for they have no terms."
     tree = context.get("furo_navigation_tree")
     if tree:
         context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
+    if "<dl>" in context.get("body", ""):
+        lines = re.compile(r"<dl>\s*((?:<dd>.*?</dd>\s*)+)</dl>", re.S)
+        context["body"] = lines.sub(lambda m: re.sub(r"<(/?)dd>", r"<\1span>", f'<span class="sig-lines">{m[1]}</span>'), context["body"])
 
 
 def setup(app):
-    app.connect("html-page-context", _say_levels, priority=900)  # after furo's own
+    app.connect("html-page-context", _accessible, priority=900)  # after furo's own
     app.connect("build-finished", _copy_mathjax)

@@ -68,6 +68,9 @@ def opened_in(path: Path) -> str:
         "Run it on Binder": f"https://mybinder.org/v2/gh/{REPOSITORY}/{CFG['branch']}?urlpath=lab/tree/{file}",
         "See it on GitHub": f"{HOME}/blob/{CFG['branch']}/{file}",
     }
+    module = re.search(r"^#\| default_exp (\S+)", "\n".join(c["source"] for c in read(path)["cells"]), re.M)
+    if module:
+        places["What it exports"] = f"api/{module[1]}.html"
     return '<p class="places">' + "".join(f'<a href="{url}">{name}</a>' for name, url in places.items()) + "</p>"
 
 

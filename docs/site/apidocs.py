@@ -1,10 +1,14 @@
 """The reference: docstrings as they are, made reStructuredText, and links from the notebooks' text to it."""
 
+import inspect
 import re
 from importlib import import_module
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.util.nodes import make_refnode
+
+import sources
 
 NAMES = r"[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*: "
 ITEM = re.compile(rf"^(?={NAMES})|^(?=(?:Raises|Returns)\b)", re.M)
@@ -48,7 +52,8 @@ def rst(docstring: str) -> list:
 
 
 def process_docstring(app, what, name, obj, options, lines):
-    lines[:] = rst("\n".join(lines))
+    text = "\n".join(lines)
+    lines[:] = [] if text.startswith("Alias for field number") else rst(text)  # which collections.namedtuple writes
 
 
 def known(env) -> dict:
@@ -63,7 +68,7 @@ def known(env) -> dict:
 
 def link_names(app, doctree, docname):
     "Where a notebook's text names something of the library as code, it is a link to the reference."
-    if docname.startswith(("api/", "_modules")):
+    if docname.startswith("api/"):
         return
     objects = app.env.get_domain("py").objects
     meant = known(app.env) | app.config.course_names.get(docname, {})
@@ -90,6 +95,19 @@ def home(full: str) -> str:
         return f"{found.__module__}.{found.__qualname__}"
     except (ImportError, AttributeError):
         return full
+
+
+def source_of(domain: str, info: dict) -> str | None:
+    "Where the lines of an object stand in the repository; None for what has none, such as a number."
+    found = import_module(info["module"])
+    try:
+        for name in info["fullname"].split("."):
+            found = getattr(found, name)
+        found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+        file, (lines, first) = Path(inspect.getsourcefile(found)), inspect.getsourcelines(found)
+        return f"{sources.HOME}/blob/{sources.CFG['branch']}/{file.relative_to(sources.ROOT).as_posix()}#L{first}-L{first + len(lines) - 1}"
+    except (AttributeError, TypeError, OSError, ValueError):
+        return None
 
 
 def setup(app):
