@@ -180,7 +180,7 @@ def test_every_page(site, browser):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     found = []
     names = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
-    names = names if WHOLE else ["index.html", "03_block.html", "api/block.html", "search.html"]
+    names = names if WHOLE else ["index.html", "03_block.html", "api/block.html"]
     glyphs = dict(exclude=[["mjx-math"]])  # what MathJax draws, and hides from screen readers; beside it is MathML for them
     for name in names:
         opened(browser, name)
