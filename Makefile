@@ -12,12 +12,13 @@ NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab exercises test check benchmark ladder textmodel notebooks export site site-open site-test constraints clean
+.PHONY: help lab exercises test test-long check benchmark ladder textmodel notebooks export site site-open site-test constraints clean
 
 help:
 	@echo "make lab          open JupyterLab at the first notebook"
 	@echo "make exercises    write exercises/, the edition with blanks, if it isn't there; open it"
 	@echo "make test         check the exports, run every notebook and the test suite"
+	@echo "make test-long  the suite with what costs more: 10,000 requests, Firefox, every exercise in nbgrader"
 	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
 	@echo "make ladder       measure the fast GPT beside transformers; rewrites ladder_results.txt"
 	@echo "make textmodel    train the kept model of text again, on the course's prose as it is now"
@@ -53,6 +54,10 @@ test: export OMP_NUM_THREADS = 1
 test: check
 	$(BIN)/nbdev_test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+test-long: export OMP_NUM_THREADS = 1
+test-long: $(STAMP)
+	KVCACHE_LONG=1 KVCACHE_EXAMPLES=1500 CALLS=6000 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 benchmark: $(STAMP)
 	$(BIN)/kvcache-benchmark

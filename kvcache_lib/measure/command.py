@@ -32,17 +32,19 @@ def arguments(argv, models, contexts) -> argparse.Namespace:
     add("--compiled", action="store_true", help="with --ladder: also with torch.compile")
     add("--serve", action="store_true",
         help="serve many requests at once, as in notebook 17, beside transformers; about ten minutes, 4 GB")
+    add("--processes", nargs="?", type=int, const=2, metavar="N",
+        help="compare one process with N that share the model (2), as in notebook 20; about three minutes, 6 GB")
     add("--requests", type=int, help="with --serve: how many arrive (32)")
     add("--rounds", type=int, help="with --serve: how often each way of serving gets them (2)")
-    add("--out", help="the results file, default benchmark_results.txt, ladder_results.txt or serve_results.txt; a .json is written beside it")
+    add("--out", help="the results file, default benchmark_results.txt, ladder_results.txt, serve_results.txt or processes_results.txt; a .json is written beside it")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--models", nargs="+", default=models, metavar="MODEL", help="default: %(default)s")
     add("--contexts", nargs="+", default=contexts, type=int, metavar="T", help="default: %(default)s")
     add("--seconds", default=5.0, type=float,
         help="for each model and context, with --ladder for each group (default: %(default)s)")
     args = parser.parse_args(argv)
-    name = "ladder" if args.ladder else "serve" if args.serve else "benchmark"
-    default, kinds = f"{name}_results.txt", ("json",) if name == "benchmark" else ("json", "svg")
+    name = "ladder" if args.ladder else "serve" if args.serve else "benchmark" if args.processes is None else "processes"
+    default, kinds = f"{name}_results.txt", ("json", "svg") if name in ("ladder", "serve") else ("json",)
     out = Path(default if args.out is None else args.out)
     args.paths = [out, *(out.parent / f"{out.stem}.{kind}" for kind in kinds)]
     args.error = parser.error
@@ -52,6 +54,8 @@ def arguments(argv, models, contexts) -> argparse.Namespace:
         parser.error("expected --compiled together with --ladder")
     if args.serve and (args.ladder or list(args.contexts) != list(contexts) or args.seconds != 5.0):
         parser.error("expected --serve without --ladder, --contexts and --seconds: its requests have lengths of their own")
+    if args.processes is not None and (args.ladder or args.serve or args.device not in ("auto", "cpu")):
+        parser.error("expected --processes without --ladder and --serve, on the CPU")
     for option, usual in (("requests", 32), ("rounds", 2)):
         if getattr(args, option) is None:
             setattr(args, option, usual)
