@@ -58,6 +58,7 @@ EXERCISES = (
     Exercise(None, "16_prefix", {f"PrefixCache.{name}": f"prefixes.check_{name}" for name in ("find", "lookup", "evict")}, points=1, minutes=20),
     Exercise(None, "17_scheduler", {"plan": "planning.check_plan"}, points=1, minutes=15),
     Exercise(None, "18_speculative", {"verify": "guessing.check_verify", "advance": "guessing.check_advance"}, points=2, minutes=25),
+    Exercise(None, "19_quantized", {name: f"quantizing.check_{name}" for name in ("quantize", "runs")}, points=1, minutes=15),
 )
 COURSE = tuple(exercise for exercise in EXERCISES if not exercise.extra)
 PACKAGE = "my_kvcache"  # the learner's own
