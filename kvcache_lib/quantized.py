@@ -25,7 +25,7 @@ from .prompts import each_prompt
 from .ragged import Packed
 from .rounding import SCALES, Rounding, attention_bags, check_rounding, has_kernel, pack, row_bytes, unpack, weighted_sums
 
-# %% ../nbs/19_quantized.ipynb #cell-15
+# %% ../nbs/19_quantized.ipynb #cell-18
 def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round groups of numbers: `(codes, scale, low)`, so that x ≈ scale · codes + low.
 
@@ -40,7 +40,7 @@ def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     steps = (x - low) / scale.masked_fill(scale == 0, 1)
     return steps.round().clamp(0, most).to(torch.uint8), scale, low
 
-# %% ../nbs/19_quantized.ipynb #cell-21
+# %% ../nbs/19_quantized.ipynb #cell-24
 def runs(P: int, n: int, group: int, residual: int) -> list[tuple[int, int, int]]:
     """Cut n new tokens after P cached ones so that all of a run see the same rounded ones: `[(first, end, rounded), …]`.
 
@@ -58,7 +58,7 @@ def runs(P: int, n: int, group: int, residual: int) -> list[tuple[int, int, int]
         first = end
     return found
 
-# %% ../nbs/19_quantized.ipynb #cell-24
+# %% ../nbs/19_quantized.ipynb #cell-27
 class QuantizedLayer:
     "One layer of a QuantizedBuffer that is being extended from P to `end` tokens. It is written once."
 
@@ -157,10 +157,10 @@ class QuantizedLayer:
         y = weighted_sums(self.values, r.bits, *tokens, old).view(B, nkv, -1, hs)
         return (y + p[..., Q:] @ v).view(B, nh, 1, hs)
 
-# %% ../nbs/19_quantized.ipynb #cell-26
+# %% ../nbs/19_quantized.ipynb #cell-29
 GROUP, RESIDUAL = 32, 32
 
-# %% ../nbs/19_quantized.ipynb #cell-27
+# %% ../nbs/19_quantized.ipynb #cell-30
 class QuantizedBuffer(KVBuffer):
     """A KVBuffer whose older tokens are rounded: keys per channel and group of tokens, values per token.
 
@@ -315,7 +315,7 @@ class QuantizedBuffer(KVBuffer):
             self._bags = key, attention_bags(self.keys.shape[1:5], self.values.shape[3:5], n_head, Q // self.rounding.group, Q)
         return self._bags[1]
 
-# %% ../nbs/19_quantized.ipynb #cell-31
+# %% ../nbs/19_quantized.ipynb #cell-34
 class Quantized:
     "What a model made by `quantized` does otherwise than the GPT_fast or the Llama that it was made of."
 
@@ -360,7 +360,7 @@ class Quantized:
 
 _class_of = cache(lambda kind: type(f"Quantized{kind.__name__}", (Quantized, kind), {"__doc__": Quantized.__doc__}))
 
-# %% ../nbs/19_quantized.ipynb #cell-32
+# %% ../nbs/19_quantized.ipynb #cell-35
 GROUP, RESIDUAL = 32, 32
 
 

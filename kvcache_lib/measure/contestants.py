@@ -19,9 +19,10 @@ from ..formats import layout, settings_of
 from ..gpt import GPT_kv
 from .apart import APART, Apart, missing_apart
 from .reading import READERS, fastest_reader, memory_of
-from .static import backend_steps, static_steps
+from .static import GPT_FASTS_WAY, backend_steps, static_steps
 from .subjects import same_weights, some_texts
 from ..mingpt import GPT
+from ..quantized import quantized
 from ..speculative import PromptLookup, generate_speculative
 
 # %% ../../nbs/tools/measure/contestants.ipynb #cell-4
@@ -85,11 +86,12 @@ def beaten_by(medians: dict) -> list:
 
 # %% ../../nbs/tools/measure/contestants.ipynb #cell-10
 class Contestants:
-    "Models with the same weights: the exercise's, ours, ours in bfloat16, and transformers'. apart: also CTranslate2's, until `close`."
+    "Models with the same weights: the exercise's, ours, ours in bfloat16 and in int8, and transformers'. apart: also CTranslate2's, until `close`."
 
     def __init__(self, model_type: str, device: str = "cpu", compiled: bool = False, apart: bool = False):
         self.plain, self.kv, self.fast = same_weights(model_type, device, GPT, GPT_kv, GPT_fast)
         self.half = copy.deepcopy(self.fast).to(torch.bfloat16)
+        self.int8 = quantized(self.fast, weights="int8", cache="int8") if device == "cpu" else None
         self.peer = transformers_gpt2(self.kv) if not missing_peer() else None
         self.apart = Apart(self.kv, torch.get_num_threads()) if apart and device == "cpu" and not missing_apart() else None
         self.compiled = copy.deepcopy(self.fast) if compiled else None
@@ -103,7 +105,7 @@ class Contestants:
 
     def fasts(self) -> dict:
         "The GPT_fasts by the name of their rows. A further kind is one more line here."
-        fasts = {"GPT_fast": self.fast, "GPT_fast, compiled": self.compiled, "GPT_fast, bfloat16": self.half}
+        fasts = {"GPT_fast": self.fast, "GPT_fast, compiled": self.compiled, "GPT_fast, bfloat16": self.half, "GPT_fast, int8": self.int8}
         return {name: model for name, model in fasts.items() if model is not None}
 
     def close(self) -> None:
@@ -129,6 +131,8 @@ def decode_steps(models: Contestants, B: int, T: int, no_cache: bool = True) -> 
     steps |= {name: fast_step(model, idx) for name, model in models.fasts().items()}
     if idx.device.type == "cuda":
         steps |= gpu_steps(models, idx)
+    elif models.compiled is not None:
+        steps[GPT_FASTS_WAY] = static_steps({"": models.fast}, idx, compile=True)[GPT_FASTS_WAY]
     if models.peer is not None:
         steps |= peer_steps(models.peer, old, new)
     if models.apart is not None and B * T <= APART_AT_ONCE:
@@ -180,7 +184,7 @@ def gpu_steps(models: Contestants, idx) -> dict:
     "What a GPU has besides, by name: the static cache, replayed and compiled, and attention's implementations in bfloat16."
     kinds = {"": models.fast, ", bfloat16": models.half}
     kinds = {word: model for word, model in kinds.items() if model is not None}
-    steps = static_steps(kinds, idx)
+    steps = static_steps(kinds, idx, compile=idx.device.type == "cuda")
     word, model = list(kinds.items())[-1]
     return steps | backend_steps(f"GPT_fast{word}", fast_step(model, idx))
 

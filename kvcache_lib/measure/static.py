@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels import use
-
 # %% ../../nbs/tools/measure/static.ipynb #cell-3
 class StaticStep:
     """A decode step of a GPT for B texts over a cache of `capacity` tokens: `step()` → logits (B, vocab).
@@ -26,9 +24,9 @@ class StaticStep:
 
     def __init__(self, model: Any, B: int, capacity: int):
         w = model.weight_like()
-        n_layer, n_head, hs = model.config.cache_sizes()[:3]
+        n_head, hs = model.config.cache_sizes()[:2]
         self.model, self.n_head = model, n_head
-        self.cache = torch.zeros(n_layer, 2, B, n_head, capacity, hs, dtype=w.dtype, device=w.device)
+        self.cache = torch.zeros(model.config.n_layer, 2, B, n_head, capacity, hs, dtype=w.dtype, device=w.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=w.device)
         self.token = torch.zeros(B, 1, dtype=torch.int64, device=w.device)
         self.columns = torch.arange(capacity, device=w.device)
@@ -82,11 +80,10 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def compiled(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    "The step compiled as gpt-fast compiles it. Without a GPU the step as it is."
-    if not torch.cuda.is_available():
-        return step
-    fast = torch.compile(step, mode="reduce-overhead", fullgraph=True)
-    return lambda: fast().clone()  # the graph's own output is written again by the next step
+    "The step compiled as gpt-fast compiles it. That takes half a minute, and a C++ compiler if there is no GPU."
+    on_gpu = torch.cuda.is_available()
+    fast = torch.compile(step, mode="reduce-overhead" if on_gpu else None, fullgraph=True)
+    return lambda: fast().clone()  # on a GPU the next step writes where this one's output is
 
 # %% ../../nbs/tools/measure/static.ipynb #cell-5
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
@@ -116,16 +113,16 @@ def backend_steps(name: str, step: Callable[[], Tensor]) -> dict[str, Callable[[
 GPT_FASTS_WAY = "gpt-fast's way: compiled step, static cache"
 
 
-def static_steps(models: dict[str, Any], idx: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Decode steps over a static cache, by name: as a CUDA graph, and compiled as in gpt-fast.
+def static_steps(models: dict[str, Any], idx: Tensor, compile: bool = False) -> dict[str, Callable[[], Tensor]]:
+    """Decode steps over a static cache, by name: as a CUDA graph, and if asked also compiled, as in gpt-fast.
 
     models: GPT_fasts, by what is said behind the name, such as ", bfloat16".  idx: (B, T), the last token is encoded.
     """
+    torch._dynamo.reset()  # it would give up after some sizes
     steps = {}
     for word, model in models.items():
-        for name, way in (("static cache, CUDA graph", captured), (GPT_FASTS_WAY, compiled)):
+        for name, way in (("static cache, CUDA graph", captured), (GPT_FASTS_WAY, compiled))[: 1 + compile]:
             step = StaticStep(model, len(idx), idx.size(1))
             step.begin(idx)
-            with use("plain"):
-                steps[name + word] = way(step)
+            steps[name + word] = way(step)
     return steps
