@@ -6,12 +6,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+SITE_STAMP := .venv/.site
 NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 # JupyterLab refuses to run as root unless it is told to.
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab exercises test test-long check benchmark ladder textmodel notebooks export constraints clean
+.PHONY: help lab exercises test test-long check benchmark ladder textmodel notebooks export site site-open site-test constraints clean
 
 help:
 	@echo "make lab          open JupyterLab at the first notebook"
@@ -23,6 +24,7 @@ help:
 	@echo "make textmodel    train the kept model of text again, on the course's prose as it is now"
 	@echo "make notebooks    run all notebooks in place, with their outputs, and clean them"
 	@echo "make export       write kvcache_lib/ from the notebooks"
+	@echo "make site         build the site, build/site/html; site-open shows it, site-test looks at every page"
 	@echo "make constraints  resolve the versions in constraints.txt anew"
 	@echo "make clean        remove .venv and what was built"
 
@@ -77,10 +79,23 @@ export: $(STAMP)
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
+$(SITE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[site]'
+	@touch $@
+
+site: $(SITE_STAMP)
+	$(BIN)/python docs/site/build.py
+
+site-open: site
+	$(BIN)/python -m webbrowser "file://$(CURDIR)/build/site/html/index.html"
+
+site-test: site
+	KVCACHE_SITE=build/site/html $(BIN)/python -m pytest -q tests/test_site.py
+
 constraints: $(STAMP)
 	$(BIN)/python -m pip install -q uv
 	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.10 \
-	  --no-header --no-annotate --extra dev --extra teach setup.py | grep -v -E '^(torch|nvidia-.*|cuda-.*|triton.*)=='; } > constraints.new
+	  --no-header --no-annotate --extra dev --extra site --extra teach setup.py | grep -v -E '^(torch|nvidia-.*|cuda-.*|triton.*)=='; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
