@@ -137,6 +137,10 @@ def main(argv=None) -> int:
             from kvcache_lib.measure.serving import serving_files  # only here: it measures what comes much later
 
             return serving_files(args.models, args.device, args.requests, args.rounds)
+        if args.processes is not None:
+            from kvcache_lib.measure.processes import processes_files  # only here: as above
+
+            return processes_files(args.models, args.contexts, args.processes, args.seconds)
         if not args.ladder:
             return benchmark_files(*asked)
         from kvcache_lib.measure.ladder import ladder_files  # only here: it measures what comes later

@@ -34,9 +34,11 @@ def arguments(argv, models, contexts, ladder_models=()) -> argparse.Namespace:
     add("--compiled", action="store_true", help="with --ladder: also with torch.compile")
     add("--serve", action="store_true",
         help="serve many requests at once, as in notebook 17, beside transformers; about ten minutes, 4 GB")
+    add("--processes", nargs="?", type=int, const=2, metavar="N",
+        help="compare one process with N that share the model (2), as in notebook 20; about three minutes, 6 GB")
     add("--requests", type=int, help="with --serve: how many arrive (32)")
     add("--rounds", type=int, help="with --serve: how often each way of serving gets them (2)")
-    add("--out", help=f"the results file, default benchmark_results.txt, serve_results.txt or {FOLDER}/MACHINE.txt; a .json is written beside it")
+    add("--out", help=f"the results file, default benchmark_results.txt, serve_results.txt, processes_results.txt or {FOLDER}/MACHINE.txt; a .json is written beside it")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--models", nargs="+", metavar="MODEL",
         help=f"default: {', '.join(models)}; with --ladder {', '.join(ladder_models)}, the number being the vocabulary")
@@ -44,9 +46,9 @@ def arguments(argv, models, contexts, ladder_models=()) -> argparse.Namespace:
     add("--seconds", default=5.0, type=float,
         help="for each model and context, with --ladder for each group (default: %(default)s)")
     args = parser.parse_args(argv)
-    name = "ladder" if args.ladder else "serve" if args.serve else "benchmark"
+    name = "ladder" if args.ladder else "serve" if args.serve else "benchmark" if args.processes is None else "processes"
     args.models = args.models or (ladder_models if args.ladder else models)
-    kinds = ("json",) if name == "benchmark" else ("json", "svg")
+    kinds = ("json", "svg") if name in ("ladder", "serve") else ("json",)
     args.folder = Path(FOLDER) if args.ladder and args.out is None else None
     if args.folder is not None:
         out = args.folder / f"{machine_name(args.device)}.txt"
@@ -60,6 +62,8 @@ def arguments(argv, models, contexts, ladder_models=()) -> argparse.Namespace:
         parser.error("expected --compiled together with --ladder")
     if args.serve and (args.ladder or list(args.contexts) != list(contexts) or args.seconds != 5.0):
         parser.error("expected --serve without --ladder, --contexts and --seconds: its requests have lengths of their own")
+    if args.processes is not None and (args.ladder or args.serve or args.device not in ("auto", "cpu")):
+        parser.error("expected --processes without --ladder and --serve, on the CPU")
     for option, usual in (("requests", 32), ("rounds", 2)):
         if getattr(args, option) is None:
             setattr(args, option, usual)
