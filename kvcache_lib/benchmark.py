@@ -18,7 +18,7 @@ import json
 import torch
 
 from .gpt import GPT_kv
-from .measure.subjects import CONTEXTS, MODELS, GPT_fused, check_arguments, same_weights, some_texts
+from .measure.subjects import CONTEXTS, LADDER_MODELS, MODELS, GPT_fused, check_arguments, same_weights, some_texts
 from .measure.timing import environment, interleaved, quartiles
 from .mingpt import GPT, best_device, progress_bar
 
@@ -129,7 +129,7 @@ def benchmark_files(models, contexts, device, seconds) -> tuple:
 
 def main(argv=None) -> int:
     "The command `kvcache-benchmark`: its exit status."
-    args = arguments(argv, MODELS, CONTEXTS)
+    args = arguments(argv, MODELS, CONTEXTS, LADDER_MODELS)
     asked = (args.models, args.contexts, args.device, args.seconds)
 
     def work():
@@ -137,6 +137,10 @@ def main(argv=None) -> int:
             from kvcache_lib.measure.serving import serving_files  # only here: it measures what comes much later
 
             return serving_files(args.models, args.device, args.requests, args.rounds)
+        if args.processes is not None:
+            from kvcache_lib.measure.processes import processes_files  # only here: as above
+
+            return processes_files(args.models, args.contexts, args.processes, args.seconds)
         if not args.ladder:
             return benchmark_files(*asked)
         from kvcache_lib.measure.ladder import ladder_files  # only here: it measures what comes later

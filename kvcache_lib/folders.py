@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'Part', 'checkpoint_folder', 'read_json', 'sizes_in', 'headers_of', 'check_layers', 'matched',
-           'stored_tensors', 'read_tensors']
+           'stored_tensors', 'Share', 'read_tensors']
 
 # %% ../nbs/tools/folders.ipynb #cell-2
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,10 +162,28 @@ def stored_tensors(parts: dict[str, Part], state: dict[str, Tensor], tied: bool)
     return found
 
 
-def read_tensors(parts: dict[str, Part], names: dict[str, str], headers: dict, shapes: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+class Share(NamedTuple):
+    "What is wanted of a parameter of our model: some runs of its rows, or of its columns."
+
+    dim: int  # 0: rows, 1: columns
+    runs: Sequence[range]  # in the order in which they are kept
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.runs))
+
+    def of(self, z: Tensor) -> Tensor:
+        "A copy of this share of a whole parameter."
+        return torch.cat([z.narrow(self.dim, run.start, len(run)) for run in self.runs], self.dim)
+
+
+def read_tensors(
+    parts: dict[str, Part], names: dict[str, str], headers: dict, shapes: dict, dtype: torch.dtype, shares: Mapping[str, Share] = {}
+) -> dict[str, Tensor]:
     """The weights of our model, each allocated once and filled from the files.
 
     parts: the layout.  names: see `matched`.  headers: see `headers_of`.  shapes: of our weights, by their names.
+    shares: of the weights named there only so much is read and returned. shapes are then those of the shares.
     """
     from safetensors import safe_open
 
@@ -179,9 +197,29 @@ def read_tensors(parts: dict[str, Part], names: dict[str, str], headers: dict, s
                 ours, start, shape, turned = parts[name]
                 if ours not in state:
                     state[ours] = torch.empty(shapes[ours], dtype=dtype, device="cpu")
+                if ours in shares:
+                    rows = range(start, start + shape[1 if turned else 0])
+                    _read_share(file.get_slice(names[name]), rows, turned, shares[ours], state[ours])
+                    continue
                 stored = file.get_tensor(names[name])
                 stored = stored.T if turned else stored
                 state[ours][start : start + len(stored)] = stored
     if "lm_head.weight" not in state:  # tied
         state["lm_head.weight"] = state["transformer.wte.weight"]
     return state
+
+
+def _read_share(stored: Any, rows: range, turned: bool, share: Share, into: Tensor) -> None:
+    "Read what a stored tensor, which is `rows` of a parameter, holds of a share."
+    at = 0
+    for run in share.runs:
+        first, last = max(run.start, rows.start), min(run.stop, rows.stop)
+        if share.dim == 1:
+            piece = stored[run.start : run.stop] if turned else stored[:, run.start : run.stop]
+            into[rows.start : rows.stop, at : at + len(run)] = piece.T if turned else piece
+        elif first < last:
+            a, b = first - rows.start, last - rows.start
+            piece = stored[:, a:b] if turned else stored[a:b]
+            begin = at + first - run.start
+            into[begin : begin + last - first] = piece.T if turned else piece
+        at += len(run)
