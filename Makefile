@@ -18,9 +18,9 @@ help:
 	@echo "make lab          open JupyterLab at the first notebook"
 	@echo "make exercises    write exercises/, the edition with blanks, if it isn't there; open it"
 	@echo "make test         check the exports, run every notebook and the test suite"
-	@echo "make test-long  the suite with what costs more: 10,000 requests, Firefox, every exercise in nbgrader"
+	@echo "make test-long    the suite with what costs more: 10,000 requests, Firefox, every exercise in nbgrader"
 	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
-	@echo "make ladder       measure the fast GPT beside transformers; rewrites ladder_results.txt"
+	@echo "make ladder       measure the fast GPT beside its peers; writes ladder_results/"
 	@echo "make textmodel    train the kept model of text again, on the course's prose as it is now"
 	@echo "make notebooks    run all notebooks in place, with their outputs, and clean them"
 	@echo "make export       write kvcache_lib/ from the notebooks"
@@ -95,7 +95,7 @@ site-test: site
 constraints: $(STAMP)
 	$(BIN)/python -m pip install -q uv
 	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.10 \
-	  --no-header --no-annotate --extra dev --extra site --extra teach setup.py | grep -v -E '^(torch|nvidia-.*|cuda-.*|triton.*)=='; } > constraints.new
+	  --no-header --no-annotate --extra dev --extra peers --extra site --extra teach setup.py | grep -v -E '^(torch|nvidia-.*|cuda-.*|triton.*)=='; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:

@@ -14,7 +14,7 @@ cfg = config["DEFAULT"]
 notebooks = f"{cfg['lib_name']}.{cfg['nbs_path']}"
 home = f"https://github.com/{cfg['user']}/{cfg['repo']}"
 raw = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}"
-extras = {extra: cfg[f"{extra}_requirements"].split() for extra in ("learn", "dev", "site", "teach")}
+extras = {extra: cfg[f"{extra}_requirements"].split() for extra in ("learn", "dev", "peers", "site", "teach")}
 extras["dev"] += extras["learn"]
 
 

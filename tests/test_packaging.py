@@ -66,7 +66,7 @@ def test_no_tested_version_would_replace_a_pytorch_that_is_there():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0]: line for line in lines if not line.startswith("#")}
     assert not [name for name in pinned if name.startswith(("torch", "nvidia-", "cuda-", "triton"))]
-    for key in ("requirements", "learn_requirements", "dev_requirements", "site_requirements", "teach_requirements"):
+    for key in ("requirements", "learn_requirements", "dev_requirements", "peers_requirements", "site_requirements", "teach_requirements"):
         for r in map(Requirement, SETTINGS[key].split()):
             version = r.name == "torch" or re.search(r"==([^ ]+)", pinned[canonicalize_name(r.name)])[1]
             assert r.name == "torch" or version in r.specifier, f"{r} is tested with {version}"
