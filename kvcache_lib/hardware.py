@@ -6,6 +6,7 @@
 __all__ = ['LATENCY', 'HARDWARE', 'MODELS', 'Hardware', 'find_hardware', 'find_model', 'parameters']
 
 # %% ../nbs/tools/hardware.ipynb #cell-2
+import copy
 import math
 import os
 from collections.abc import Mapping
@@ -115,4 +116,10 @@ def find_model(name_or_path: str | os.PathLike) -> tuple[str, GPTConfig]:
 def parameters(config: GPTConfig) -> int:
     "How many numbers a model's weights are. GPT-2's last layer is its embedding, and counted once."
     tied = config.tied if isinstance(config, LlamaConfig) else True
-    return sum(math.prod(part.shape) for name, part in layout(config).items() if not (tied and name == "lm_head.weight"))
+
+    def of(n_layer: int) -> int:
+        few = copy.copy(config)
+        few.n_layer = n_layer
+        return sum(math.prod(part.shape) for name, part in layout(few).items() if not (tied and name == "lm_head.weight"))
+
+    return of(1) + (config.n_layer - 1) * (of(2) - of(1))  # all layers have as many

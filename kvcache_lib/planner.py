@@ -103,8 +103,8 @@ def plan(
     Raises ValueError or TypeError for sizes that make no sense, a context that the model cannot hold, and processes
     that do not divide the model.
     """
-    check_whole("context", context, 1)
-    prompt = check_whole("prompt", context if prompt is None else prompt, 1)
+    check_whole("context", context, 1, 2**40)
+    prompt = check_whole("prompt", context if prompt is None else prompt, 1, 2**40)
     check_cut(config, processes)
     if not 0 < check_number("share", share) <= 1:
         raise ValueError(f"expected share above 0, up to 1, got {share}")

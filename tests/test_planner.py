@@ -146,12 +146,20 @@ def test_a_config_json_is_read_however_its_positions_are_scaled(tmp_path, settin
         assert name == "Meta-Llama" and config.cache_sizes() == (8, 128, None, 0) and parameters(config) == parameters(MODELS["Llama-3.1-8B"])
 
 
+def test_a_model_of_very_many_layers_takes_no_longer(tmp_path, capsys):
+    sizes = {"n_layer": 2**31 - 1, "n_head": 2, "n_embd": 4, "vocab_size": 9, "n_positions": 9}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    assert capacity.main([str(tmp_path), "--machine", "H100"]) == 0
+    assert "no room for a text" in capsys.readouterr().out
+
+
 BAD = {  # arguments after the command: words of the one line
     ("Llama-9",): "expected a model among",
     ("gpt2", "--context", "0"): "context",
     ("gpt2", "--context", "-5"): "context",
     ("gpt2", "--context", "2000"): "at most 1024 tokens",
     ("gpt2", "--prompt", "0"): "prompt",
+    ("mistral-7b-v0.1", "--context", "1" + 400 * "0"): "context",
     ("gpt2", "--gpus", "5"): "divide",
     ("gpt2", "--gpus", "0"): "processes",
     ("gpt2", "--weights", "int3"): "number type",
@@ -170,7 +178,7 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+@pytest.mark.parametrize("arguments", BAD, ids=lambda a: " ".join(a)[:40])
 def test_bad_arguments_are_one_line(arguments, capsys):
     assert capacity.main(list(arguments)) == 2
     out, err = capsys.readouterr()
