@@ -6,22 +6,25 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+SITE_STAMP := .venv/.site
 NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb nbs/*/*/*.ipynb))
 # JupyterLab refuses to run as root unless it is told to.
 LAB_FLAGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab exercises test check benchmark ladder textmodel notebooks export constraints clean
+.PHONY: help lab exercises test test-long check benchmark ladder textmodel notebooks export site site-open site-test constraints clean
 
 help:
 	@echo "make lab          open JupyterLab at the first notebook"
 	@echo "make exercises    write exercises/, the edition with blanks, if it isn't there; open it"
 	@echo "make test         check the exports, run every notebook and the test suite"
+	@echo "make test-long    the suite with what costs more: 10,000 requests, Firefox, every exercise in nbgrader"
 	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
-	@echo "make ladder       measure the fast GPT beside transformers; rewrites ladder_results.txt"
+	@echo "make ladder       measure the fast GPT beside its peers; writes ladder_results/"
 	@echo "make textmodel    train the kept model of text again, on the course's prose as it is now"
 	@echo "make notebooks    run all notebooks in place, with their outputs, and clean them"
 	@echo "make export       write kvcache_lib/ from the notebooks"
+	@echo "make site         build the site, build/site/html; site-open shows it, site-test looks at every page"
 	@echo "make constraints  resolve the versions in constraints.txt anew"
 	@echo "make clean        remove .venv and what was built"
 
@@ -52,6 +55,10 @@ test: check
 	$(BIN)/nbdev_test
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
+test-long: export OMP_NUM_THREADS = 1
+test-long: $(STAMP)
+	KVCACHE_LONG=1 KVCACHE_EXAMPLES=1500 CALLS=6000 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 benchmark: $(STAMP)
 	$(BIN)/kvcache-benchmark
 
@@ -72,10 +79,23 @@ export: $(STAMP)
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
+$(SITE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[site]'
+	@touch $@
+
+site: $(SITE_STAMP)
+	$(BIN)/python docs/site/build.py
+
+site-open: site
+	$(BIN)/python -m webbrowser "file://$(CURDIR)/build/site/html/index.html"
+
+site-test: site
+	KVCACHE_SITE=build/site/html $(BIN)/python -m pytest -q tests/test_site.py
+
 constraints: $(STAMP)
 	$(BIN)/python -m pip install -q uv
 	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.10 \
-	  --no-header --no-annotate --extra dev --extra teach setup.py | grep -v -E '^(torch|nvidia-.*|cuda-.*|triton.*)=='; } > constraints.new
+	  --no-header --no-annotate --extra dev --extra peers --extra site --extra teach setup.py | grep -v -E '^(torch|nvidia-.*|cuda-.*|triton.*)=='; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:

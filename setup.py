@@ -14,8 +14,8 @@ cfg = config["DEFAULT"]
 notebooks = f"{cfg['lib_name']}.{cfg['nbs_path']}"
 home = f"https://github.com/{cfg['user']}/{cfg['repo']}"
 raw = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}"
-extras = {extra: cfg[f"{extra}_requirements"].split() for extra in ("course", "dev", "teach")}
-extras["dev"] += extras["course"]
+extras = {extra: cfg[f"{extra}_requirements"].split() for extra in ("learn", "dev", "peers", "site", "teach")}
+extras["dev"] += extras["learn"]
 
 
 def absolute(markdown: str) -> str:

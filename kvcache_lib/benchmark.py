@@ -18,7 +18,7 @@ import json
 import torch
 
 from .gpt import GPT_kv
-from .measure.subjects import CONTEXTS, MODELS, GPT_fused, check_arguments, same_weights, some_texts
+from .measure.subjects import CONTEXTS, LADDER_MODELS, MODELS, GPT_fused, check_arguments, same_weights, some_texts
 from .measure.timing import environment, interleaved, quartiles
 from .mingpt import GPT, best_device, progress_bar
 
@@ -129,7 +129,7 @@ def benchmark_files(models, contexts, device, seconds) -> tuple:
 
 def main(argv=None) -> int:
     "The command `kvcache-benchmark`: its exit status."
-    args = arguments(argv, MODELS, CONTEXTS)
+    args = arguments(argv, MODELS, CONTEXTS, LADDER_MODELS)
     asked = (args.models, args.contexts, args.device, args.seconds)
 
     def work():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .measure.reading import read_rates
 from .measure.timing import check_device, environment, interleaved
 from .mingpt import GPTConfig, best_device, check_whole, resolved
+from .rounding import Rounding, row_bytes
 
 # %% ../nbs/tools/cost.ipynb #cell-4
 @dataclass(frozen=True)
@@ -80,10 +81,13 @@ def complete(config: Any) -> GPTConfig:
     return GPTConfig(**sizes._asdict()) if isinstance(config, (tuple, list)) else resolved(config)
 
 # %% ../nbs/tools/cost.ipynb #cell-7
-def cache_bytes(config: Any, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
+def cache_bytes(
+    config: Any, tokens: int, batch: int = 1, itemsize: int = 4, rounding: Rounding | None = None, reserved: bool = False
+) -> int:
     """The bytes of a cache that holds `tokens` tokens of each of `batch` texts.
 
     config: a GPTConfig, a LlamaConfig, or the five `Sizes`.  itemsize: the bytes that a number takes.
+    rounding: of a quantised cache.  reserved: the memory that such a one takes for them, not what a step reads of it.
     A window keeps no more than its tokens, and the first ones beside them.
     Raises ValueError or TypeError for a configuration or a number that makes no sense.
     """
@@ -98,7 +102,14 @@ def cache_bytes(config: Any, tokens: int, batch: int = 1, itemsize: int = 4) -> 
         raise ValueError(
             f"expected at most {c.block_size} tokens, the block size, got {tokens}"
         )
-    return 2 * c.n_layer * tokens * heads.n_head * heads.head_size * itemsize * batch
+    if rounding is None:
+        return 2 * c.n_layer * tokens * heads.n_head * heads.head_size * itemsize * batch
+    r, hs = rounding, heads.head_size
+    old = r.rounded(tokens)
+    full = min(tokens, r.full_rows) if reserved else tokens - old
+    keys = old // r.group * hs * row_bytes(r.bits, r.group)
+    values = old * hs // r.value_group * row_bytes(r.bits, r.value_group)
+    return c.n_layer * heads.n_head * batch * (keys + values + 2 * full * hs * itemsize)
 
 # %% ../nbs/tools/cost.ipynb #cell-8
 def step_cost(
@@ -111,6 +122,8 @@ def step_cost(
     cache_passes: int = 1,
     score_passes: int = 0,
     all_logits: bool = False,
+    rounding: Rounding | None = None,
+    int8_weights: bool = False,
 ) -> StepCost:
     """What it costs to encode the `new` last tokens of texts of `seq` tokens each.
 
@@ -118,10 +131,11 @@ def step_cost(
     Decode: new = 1. Prefill, or no cache: new = seq. The last new token predicts, or all do: `all_logits`.
     cache_passes: how often keys and values are read or written after they are made: 1, or 3 with torch.cat.
     score_passes: the same for the scores: 0 in a fused attention, 8 in GPT's, 2 in named.layer_cost's count.
+    rounding: of a quantised cache, see `quantized`.  int8_weights: a byte for each weight, and 4 for the scale of each output.
     With a window, several new tokens are computed against all that is held and each other, then masked.
     Raises ValueError or TypeError for a configuration or a number that makes no sense.
     """
-    cache = cache_bytes(config, seq, batch, itemsize)
+    cache = cache_bytes(config, seq, batch, itemsize, rounding)
     c = complete(config)
     for name, value, least in (
         ("new", new, 1),
@@ -136,12 +150,13 @@ def step_cost(
     held = seq if heads.window is None else heads.sinks + heads.window
     seen = min(seq, held) if new == 1 else min(seq - new, held) + new
     weights = sum(n_in * n_out for n_in, n_out in linear)
+    all_weights, outputs = c.n_layer * weights + c.n_embd * c.vocab_size, c.n_layer * sum(out for _, out in linear) + c.vocab_size
     predictions = batch * (new if all_logits else 1) if c.vocab_size else 0
     return StepCost(
         linear_macs=batch * c.n_layer * new * weights,
         attention_macs=batch * c.n_layer * 2 * queries * seen * new,
         logits_macs=predictions * c.n_embd * c.vocab_size,
-        weight_bytes=itemsize * (c.n_layer * weights + c.n_embd * c.vocab_size),
+        weight_bytes=all_weights + 4 * outputs if int8_weights else itemsize * all_weights,
         cache_bytes=cache_passes * cache,
         score_bytes=score_passes * itemsize * batch * c.n_layer * c.n_head * seen * new,
         activation_bytes=itemsize

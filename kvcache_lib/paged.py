@@ -6,6 +6,7 @@
 __all__ = ['PoolFull', 'Pages', 'PageTable', 'PagePool', 'PagedLayer', 'PagedText']
 
 # %% ../nbs/15_paged.ipynb #cell-2
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -157,7 +158,7 @@ class PagePool(Pages):
             )
         self.limit: int = config.block_size  # the longest text
         self.data = _memory((config.n_layer, 2, rows, sizes.n_head, sizes.head_size), *_kind(dtype, device))
-        self._gathered = self.data.new_empty(2, 0, 0)
+        self._gathered = self.data.new_empty(0)
         super().__init__(pages, page_size)
 
     @classmethod
@@ -186,12 +187,19 @@ class PagePool(Pages):
         return PagedText(self, table, length)
 
     def gather(self, layer: int, rows: Tensor) -> Tensor:
-        """The keys and values of these rows, next to each other: a copy.
+        """The keys and values of these rows, (S,), next to each other: (2, 1, n_kv_head, S, head size).
 
-        rows: (S,), of one text, or (B, S), of B texts.  Returns (2, 1, n_kv_head, S, head size), or with B for the 1.
+        A copy, in memory that the next call writes over: so it stays in the processor's cache.
         """
-        B, S = (1, rows.size(0)) if rows.ndim == 1 else rows.shape
-        return self.data[layer].index_select(1, rows.flatten()).unflatten(1, (B, S)).transpose(2, 3)
+        from_here = self.data[layer]  # (2, rows of the pool, n_kv_head, head size)
+        shape = (2, rows.size(0), *from_here.shape[2:])
+        size = math.prod(shape)
+        if self._gathered.numel() < size:
+            with torch.inference_mode(False):  # else it could not be written outside of it
+                self._gathered = self.data.new_empty(2 * size)
+        copy = self._gathered[:size].view(shape)
+        torch.index_select(from_here, 1, rows, out=copy)
+        return copy[:, None].transpose(2, 3)
 
 # %% ../nbs/15_paged.ipynb #cell-33
 class PagedLayer:
@@ -204,7 +212,7 @@ class PagedLayer:
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the n new tokens, and return all that these attend to.
 
-        k, v: (1, n_kv_head, n, head size).  Returns two of (1, n_kv_head, P + n, head size).
+        k, v: (1, n_kv_head, n, head size).  Returns two of (1, n_kv_head, P + n, head size), good until the pool's next write.
         """
         new = torch.cat([k, v]).transpose(1, 2)  # (2, n, n_kv_head, head size)
         self.pool.data[self.layer].index_copy_(1, self.new, new)

@@ -47,7 +47,8 @@ class TextLayer(Protocol):
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the keys and values of n new tokens, (1, n_kv_head, n, hs). Returns all that these tokens attend to.
 
-        Those are two tensors (1, n_kv_head, S, hs), in the order of the text, the new tokens last.
+        Those are two tensors (1, n_kv_head, S, hs), in the order of the text, the new tokens last. They are good until
+        another text or layer is written.
         """
 
 

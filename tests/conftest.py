@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -5,6 +7,9 @@ from kvcache_lib.fast import GPT_fast
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPT, GPTConfig
 
+
+LONG = "KVCACHE_LONG" in os.environ  # `make test-long`: what costs more than it finds from day to day
+long = pytest.mark.skipif(not LONG, reason="KVCACHE_LONG=1 runs it")
 
 CACHED = (GPT_kv, GPT_fast)  # what one promises, the other keeps
 

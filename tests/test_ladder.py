@@ -10,12 +10,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvcache_lib import benchmark
 from kvcache_lib.cost import cache_bytes, step_cost
-from kvcache_lib.measure import contestants, ladder, reading, subjects
+from kvcache_lib.fast import GPT_fast
+from kvcache_lib.measure import apart, command, contestants, ladder, machines, reading, static, subjects
 from kvcache_lib.measure.drawing import draw_ladder
 from kvcache_lib.measure.profiling import operation_times, peak_bytes
+from kvcache_lib.measure.timing import Probe, interleaved
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--ladder", "--device", "cpu", "--models", "gpt-nano", "--contexts", "16", "--seconds", "0.01"]
+KEPT = machines.kept_ladders(ROOT / machines.FOLDER)
+
+
+@pytest.fixture
+def lean(monkeypatch):
+    "Two rounds of three new tokens, and nothing in another process."
+    monkeypatch.setattr(ladder, "ROUNDS", 2)
+    monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
+    monkeypatch.setattr(contestants, "missing_apart", lambda: "not asked")
+    monkeypatch.setattr(ladder, "Probe", lambda device: Probe(device, size=16))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +36,7 @@ def models():
     models = contestants.Contestants("gpt-nano")
     for model in filter(None, (models.plain, models.kv, models.fast, models.peer)):
         model.double()
-    models.half = None
+    models.half = models.int8 = None
     return models
 
 
@@ -51,9 +63,12 @@ def test_all_who_prefill_predict_the_same(models, monkeypatch):
 
 def test_all_who_generate_write_the_same(models, monkeypatch):
     monkeypatch.setattr(models, "half", models.fast)
-    want = models.plain.generate(models.tokens(2, 16), 30)
-    for name, step in contestants.generations(models, 2, 30).items():
-        assert torch.equal(step(), want), name
+    for B in (1, 2):
+        want = models.plain.generate(models.tokens(B, 16), 30)
+        steps = contestants.generations(models, B, 30)
+        assert ("GPT_fast, prompt lookup" in steps) == (B == 1)
+        for name, step in steps.items():
+            assert torch.equal(step(), want), name
 
 
 @pytest.mark.parametrize("B,T,rows", [(1, 50, 1), (3, 20, 20)])
@@ -129,8 +144,7 @@ def test_memory_and_operations_are_counted():
     assert (calls["aten::mm"], calls["aten::add"]) == (1, 2)
 
 
-def test_the_command_writes_three_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
+def test_the_command_writes_three_files(tmp_path, lean, capsys):
     assert benchmark.main([*QUICK, "--out", str(tmp_path / "l.txt")]) == 0
     text, result = (tmp_path / "l.txt").read_text(), json.loads((tmp_path / "l.json").read_text())
     assert text == ladder.format_ladder(result) and text in capsys.readouterr().out
@@ -155,13 +169,14 @@ def test_whether_transformers_can_take_part(monkeypatch):
         assert contestants.missing_peer() == says
 
 
-def test_a_missing_peer_is_named_before_the_run_and_in_the_text(tmp_path, monkeypatch, capsys):
+def test_a_missing_peer_is_named_before_the_run_and_in_the_text(tmp_path, monkeypatch, lean, capsys):
     monkeypatch.setattr(contestants, "version", without_transformers)
-    monkeypatch.setattr(ladder, "NEW_TOKENS", 3)
+    monkeypatch.setattr(apart, "version", without_transformers)
     real = ladder.measure_ladder
 
     def measured(*args, **kwargs):
-        assert "transformers is not installed: its rows" in capsys.readouterr().err  # said by now
+        said = capsys.readouterr().err  # by now
+        assert "transformers is not installed: its rows" in said and "ctranslate2 is not installed: its rows" in said
         return real(*args, batches=(1,), **kwargs)
 
     monkeypatch.setattr(ladder, "measure_ladder", measured)
@@ -175,12 +190,13 @@ def test_a_missing_peer_is_named_before_the_run_and_in_the_text(tmp_path, monkey
 
 def test_a_run_in_which_all_took_part_leaves_nothing_out():
     result = {"groups": [{"rows": [{"name": name} for name in contestants.PEERS[:2]]}]}
-    assert ladder.left_out(result) == ["transformers, generate"]
-    assert ladder.left_out(json.loads((ROOT / "ladder_results.json").read_text())) == []
+    assert ladder.left_out(result) == ["transformers, generate", "CTranslate2, float32", "CTranslate2, int8"]
+    for kept in KEPT.values():
+        assert not any("transformers" in name for name in ladder.left_out(kept))
 
 
 def test_a_picture_that_fails_loses_no_run(tmp_path, monkeypatch, capsys):
-    results = json.loads((ROOT / "ladder_results.json").read_text())
+    results = next(iter(KEPT.values()))
     monkeypatch.setattr(ladder, "measure_ladder", lambda *args, **kwargs: results)
     monkeypatch.setattr(ladder, "draw_ladder", lambda result: 1 / 0)
     (tmp_path / "l.svg").write_text("old")
@@ -192,12 +208,12 @@ def test_a_picture_that_fails_loses_no_run(tmp_path, monkeypatch, capsys):
     assert "l.svg could not be made and is as it was, so not of this run: ZeroDivisionError" in said.err
 
 
-def test_too_many_tokens_at_once_are_left_out(monkeypatch):
+def test_too_many_tokens_at_once_are_left_out(monkeypatch, lean):
     monkeypatch.setattr(ladder, "AT_ONCE", 16)
-    monkeypatch.setattr(ladder, "NEW_TOKENS", 2)
+    monkeypatch.setattr(ladder, "NO_CACHE", 16)
     result = ladder.measure_ladder(("gpt-nano",), (8, 12), "cpu", 0.01, batches=(2,))
     names = {(g["kind"], g["T"]): [row["name"] for row in g["rows"]] for g in result["groups"]}
-    assert list(names) == [("decode", 8), ("decode", 12), ("prefill", 8), ("generate", 2)]
+    assert list(names) == [("decode", 8), ("decode", 12), ("prefill", 8), ("generate", 3)]
     assert names["decode", 8][0].startswith("no cache") and names["decode", 12][0] == "GPT_kv"
 
 
@@ -227,15 +243,185 @@ def test_bad_arguments_are_refused_before_any_work(arguments, says, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_the_committed_results_belong_together():
-    result = json.loads((ROOT / "ladder_results.json").read_text())
-    assert (ROOT / "ladder_results.txt").read_text() == ladder.format_ladder(result)
+@pytest.mark.parametrize("machine", KEPT)
+def test_the_committed_results_belong_together(machine):
+    result, folder = KEPT[machine], ROOT / machines.FOLDER
+    assert (folder / f"{machine}.txt").read_text() == ladder.format_ladder(result)
+    assert (folder / f"{machine}.svg").is_file() and result.get("machine", machine) == machine
     decoded = [(g["model_type"], g["batch"], g["T"]) for g in result["groups"] if g["kind"] == "decode"]
-    assert decoded == [
-        (m, B, T) for m in subjects.MODELS for B in ladder.BATCHES for T in subjects.CONTEXTS
-    ]
+    models = dict.fromkeys(model for model, *_ in decoded)
+    assert decoded == [(m, B, T) for m in models for B in ladder.BATCHES for T in subjects.CONTEXTS] and "gpt-mini" in models
     assert {row["name"] for g in result["groups"] for row in g["rows"]} >= {
         "GPT_fast",
         contestants.PEER,
         contestants.FLOOR,
     }
+
+
+# Machines
+
+
+def test_the_default_files_carry_the_machines_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "machine_name", lambda device: "abacus-2")
+    with pytest.raises(SystemExit):
+        benchmark.main([*QUICK, "--models", "gpt3"])
+    assert not list(tmp_path.iterdir())  # no empty folder is left
+    monkeypatch.setattr(ladder, "measure_ladder", lambda *args, **kwargs: next(iter(KEPT.values())))
+    assert benchmark.main(QUICK) == 0
+    assert sorted(p.name for p in (tmp_path / machines.FOLDER).iterdir()) == ["abacus-2.json", "abacus-2.svg", "abacus-2.txt"]
+    assert "abacus-2.json" in capsys.readouterr().out
+
+
+def test_a_folder_that_was_empty_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / machines.FOLDER).mkdir()
+    with pytest.raises(SystemExit):
+        benchmark.main([*QUICK, "--models", "gpt3"])
+    assert [p.name for p in tmp_path.iterdir()] == [machines.FOLDER]
+
+
+def test_kept_results_are_this_machines_or_the_first(tmp_path):
+    for name in ("b-2", "a-4"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"groups": [], "name": name}))
+    assert list(machines.kept_ladders(tmp_path)) == ["a-4", "b-2"]
+    assert machines.kept_ladder(tmp_path, "b-2") == ("b-2", {"groups": [], "name": "b-2"})
+    assert machines.kept_ladder(tmp_path, "c-8")[0] == "a-4"
+    with pytest.raises(FileNotFoundError, match="expected results of the ladder in"):
+        machines.kept_ladders(tmp_path / "none")
+
+
+def test_machines_side_by_side_show_what_each_has():
+    def result(**medians):
+        rows = [{"name": {"fast": "GPT_fast", "peer": contestants.PEER}[name], "median": ms} for name, ms in medians.items()]
+        return {"groups": [{"model_type": "m", "kind": "decode", "batch": 1, "T": 64, "rows": rows}, {"model_type": "m", "kind": "prefill", "batch": 1, "T": 64, "rows": []}]}
+
+    table = machines.side_by_side({"a": result(fast=1.0, peer=4.0), "b": result(fast=3.0), "c": {"groups": []}})
+    assert table == [{"model": "m", "B": 1, "S": 64, "a": 1.0, "a: ratio": 0.25, "b": 3.0, "b: ratio": None, "c": None, "c: ratio": None}]
+
+
+@pytest.mark.parametrize("name, sizes", [("gpt2", ("gpt2", 128, False)), ("gpt2-50257", ("gpt2", 50257, True)), ("gpt2-xl", ("gpt2-xl", 128, False)),
+                                         ("gpt3-50257", ("gpt3-50257", 128, False)), ("gpt2-1e5", ("gpt2-1e5", 128, False))])  # fmt: skip
+def test_a_models_name_may_carry_its_vocabulary(name, sizes):
+    assert subjects.sizes_named(name) == sizes
+
+
+def test_the_head_is_tied_for_all_who_take_part():
+    models = contestants.Contestants("gpt-nano-300")
+    for model in filter(None, (models.plain, models.kv, models.fast, models.half, models.peer)):
+        assert model.lm_head.weight is model.transformer.wte.weight and len(model.lm_head.weight) == 300
+    idx = models.tokens(2, 20)
+    assert idx.max() >= 128
+    with torch.no_grad():
+        want = models.plain(idx)[0][:, -1]
+        for name, step in contestants.decode_steps(models, 2, 20).items():
+            if name not in (contestants.PRODUCTS, contestants.FLOOR):
+                torch.testing.assert_close(step().float(), want, rtol=0, atol=5e-2 if "16" in name or "int8" in name else 1e-5)
+
+
+# Rounds
+
+
+def test_each_round_has_an_order_of_its_own_and_a_disturbed_one_is_taken_again():
+    import random
+
+    ran, heard = [], []
+
+    class Told:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self):
+            pass
+
+        def times(self):
+            ran.append(self.name)
+            return [float(len(ran))]
+
+    def steady():
+        heard.append(len(ran))
+        return len(heard) != 2  # the second round is disturbed
+
+    times = interleaved(*map(Told, "ABCD"), seconds=0, min_rounds=4, order=random.Random(0), steady=steady)
+    rounds = ["".join(ran[i : i + 4]) for i in range(0, len(ran), 4)]
+    assert len(rounds) == 5 and len(set(rounds)) > 1 and {"".join(sorted(r)) for r in rounds} == {"ABCD"}
+    kept = [r for i, r in enumerate(rounds) if i != 1]
+    for name, got in zip("ABCD", times):
+        assert got == [4 * i + rounds[i].index(name) + 1.0 for i in (0, 2, 3, 4)] and len(got) == len(kept)
+    ran.clear()
+    assert len(interleaved(Told("A"), seconds=0, min_rounds=3, steady=lambda: False)[0]) == 3 and len(ran) == 6  # it ends
+
+
+def test_the_probe_sees_a_neighbour(monkeypatch):
+    probe = Probe(size=8)
+    probe.times[:] = [1.0]
+    for ms, steady in ((1.2, True), (1.3, False), (0.5, True), (0.7, False)):
+        monkeypatch.setattr(probe, "time", lambda ms=ms: probe.times.append(ms) or ms)
+        assert probe() == steady
+    assert probe.disturbed == 2
+
+
+# Another process
+
+
+needs_ctranslate2 = pytest.mark.skipif(bool(apart.missing_apart()), reason=apart.missing_apart() or "it is there")
+
+
+@needs_ctranslate2
+def test_what_runs_apart_computes_the_same():
+    (model,) = subjects.same_weights("gpt-nano-300", "cpu", GPT_fast)
+    idx = subjects.some_texts(model, 2, 20)
+    with torch.no_grad():
+        want = model(idx)[0][:, -1]
+    peers = apart.Apart(model, threads=1)
+    try:
+        steps = peers.steps(idx)
+        for name, atol in (("CTranslate2, float32", 1e-5), ("CTranslate2, int8", 0.2)):
+            torch.testing.assert_close(steps[name](), want, rtol=0, atol=atol)
+            assert len(steps[name].times()) == apart.STEPS - 1
+        peers.processes[0].terminate()
+        peers.processes[0].join()
+        with pytest.raises(RuntimeError, match="the process of CTranslate2, float32 has ended"):
+            steps["CTranslate2, float32"].times()
+    finally:
+        peers.close()
+    assert not any(process.is_alive() for process in peers.processes) and not Path(peers.folder.name).exists()
+
+
+# A GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+def test_what_a_gpu_replays_gives_the_same_as_far_as_it_goes_here(models):
+    idx = models.tokens(3, 40)
+    with torch.no_grad():
+        want = models.plain(idx)[0][:, -1]
+        steps = contestants.gpu_steps(models, idx)
+        assert {"static cache, CUDA graph", "GPT_fast, math attention"} <= set(steps)
+        for step in steps.values():
+            for _ in range(2):
+                torch.testing.assert_close(step(), want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_static_step_reads_its_place_from_memory(models):
+    idx = models.tokens(2, 12)
+    step = static.StaticStep(models.fast, 2, capacity=16)
+    step.begin(idx[:, :1])
+    addresses = [z.data_ptr() for z in (step.cache, step.position, step.token)]
+    for t in range(1, 12):
+        with torch.no_grad():
+            torch.testing.assert_close(step(), models.plain(idx[:, :t])[0][:, -1], rtol=1e-9, atol=1e-9)
+        step.position += 1
+        step.token.copy_(idx[:, t : t + 1])
+    assert addresses == [z.data_ptr() for z in (step.cache, step.position, step.token)]
+
+
+@needs_gpu
+def test_the_ladder_on_a_gpu(lean):
+    result = ladder.measure_ladder(("gpt-nano",), (16, 40), "cuda", 0.01)
+    for group in result["groups"]:
+        names = {row["name"]: row for row in group["rows"]}
+        if group["kind"] == "decode":
+            assert {"static cache, CUDA graph", "static cache, CUDA graph, bfloat16", static.GPT_FASTS_WAY} <= set(names)
+            assert all(row["error"] < (0.05 if "bfloat16" in name else 1e-3) for name, row in names.items() if row["error"] is not None)

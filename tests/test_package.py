@@ -11,7 +11,7 @@ import pytest
 MODELS = [
     "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "prompts", "gpt", "sort",
     "measure.timing", "measure.reading", "measure.subjects", "benchmark", "cost", "buffer", "kernels", "direct", "ragged", "fast", "corpus", "text", "kept",
-    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines",
+    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines", "peers", "longtext", "cut", "hardware", "planner",
     "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """

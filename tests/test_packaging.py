@@ -49,7 +49,7 @@ def test_what_the_modules_import_is_required_and_nothing_else():
         for name, at_once in imported(path).items():
             used.add(distribution[name])
             always |= {distribution[name]} if at_once else set()
-    required, optional = declared("requirements"), declared("dev_requirements") | declared("course_requirements")
+    required, optional = declared("requirements"), declared("dev_requirements") | declared("learn_requirements")
     assert required - used == set(), "required, but no module imports it"
     assert always - required == set(), "imported by a module, but not required"
     assert used - required - optional == set(), "imported in a function, but in no list"
@@ -66,7 +66,7 @@ def test_no_tested_version_would_replace_a_pytorch_that_is_there():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0]: line for line in lines if not line.startswith("#")}
     assert not [name for name in pinned if name.startswith(("torch", "nvidia-", "cuda-", "triton"))]
-    for key in ("requirements", "course_requirements", "dev_requirements", "teach_requirements"):
+    for key in ("requirements", "learn_requirements", "dev_requirements", "peers_requirements", "site_requirements", "teach_requirements"):
         for r in map(Requirement, SETTINGS[key].split()):
             version = r.name == "torch" or re.search(r"==([^ ]+)", pinned[canonicalize_name(r.name)])[1]
             assert r.name == "torch" or version in r.specifier, f"{r} is tested with {version}"
@@ -127,7 +127,7 @@ def test_the_wheel_declares_what_the_settings_say(built):
     requires = [Requirement(r) for r in message.get_all("Requires-Dist")]
     assert {r.name for r in requires if not r.marker} == declared("requirements")
     in_dev = {r.name for r in requires if r.marker and r.marker.evaluate({"extra": "dev"})}
-    assert in_dev == declared("dev_requirements") | declared("course_requirements")
+    assert in_dev == declared("dev_requirements") | declared("learn_requirements")
     assert (message["Name"], message["Version"]) == (SETTINGS["lib_name"], SETTINGS["version"])
     assert (message["License-Expression"], message["Requires-Python"]) == ("Apache-2.0", f">={SETTINGS['min_python']}")
     assert all(url.split(", ")[1].startswith(HOME) for url in message.get_all("Project-URL"))

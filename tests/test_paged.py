@@ -187,6 +187,13 @@ def test_gathered_rows_lie_in_the_order_of_the_text():
         torch.testing.assert_close(V, -K, **EXACT)
 
 
+def test_a_text_is_extended_in_and_out_of_inference_mode():
+    text = new_pool().new_text()
+    with torch.inference_mode():
+        extend(text, range(4))
+    assert extend(text, [4, 5])[0].shape == (1, 2, 6, 4) and read(text) == list(range(6))
+
+
 def test_a_copy_as_lists():
     text = new_pool().new_text()
     extend(text, range(5))

@@ -15,6 +15,7 @@ import nbformat
 import pytest
 import torch
 from bidi import firefox_page, needs_firefox
+from conftest import long
 from lab import browser_page, free_port, jupyter_lab, needs_chromium, open_notebook, run_all, wait_until_up
 
 from kvcache_lib.gpt import GPT_kv
@@ -420,6 +421,7 @@ def test_rows_by_hand_count_from_0(lab, tmp_path):
         assert page.errors == []
 
 
+@long
 @needs_firefox
 def test_firefox_steps_through_an_exported_page(recorded, exported, tmp_path):
     with firefox_page(tmp_path) as page:

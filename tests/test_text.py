@@ -83,7 +83,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, folder / "bare.safetensors")
     with pytest.raises(ValueError, match="another corpus"):
         kept.text_model(name="bare", folder=folder)
-    with pytest.raises(FileNotFoundError, match="no kept model 'rotary2'; there are: bare, broken, learned"):
+    with pytest.raises(FileNotFoundError, match="no kept model 'rotary2'; there are: bare, broken, draft, learned"):
         kept.text_model(name="rotary2", folder=folder)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("named", "config", "arguments", "trainer", "weights", "mingpt", "attention", "block", "prompts", "gpt", "buffer", "ragged", "fast", "sort", "cost", "corpus", "text", "kept", "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines")  # fmt: skip
+ROOMS = ("named", "config", "arguments", "trainer", "weights", "mingpt", "attention", "block", "prompts", "gpt", "buffer", "ragged", "fast", "sort", "cost", "corpus", "text", "kept", "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines", "longtext", "hardware", "planner")  # fmt: skip
 # A layer with a cache returns the cache too, where the baseline's returns a tensor: the exercises' contract.
 SETTINGS = """
 [mypy]

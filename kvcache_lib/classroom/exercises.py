@@ -57,7 +57,11 @@ EXERCISES = (
     Exercise(6, "15_paged", {f"PageTable.{name}": f"pages.check_{name}" for name in ("place", "append", "fork", "free")}, points=1, minutes=25),
     Exercise(None, "16_prefix", {f"PrefixCache.{name}": f"prefixes.check_{name}" for name in ("find", "lookup", "evict")}, points=1, minutes=20),
     Exercise(None, "17_scheduler", {"plan": "planning.check_plan"}, points=1, minutes=15),
+    Exercise(None, "18_speculative", {"verify": "guessing.check_verify", "advance": "guessing.check_advance"}, points=2, minutes=25),
+    Exercise(None, "19_quantized", {name: f"quantizing.check_{name}" for name in ("quantize", "runs")}, points=1, minutes=15),
     Exercise(None, "20_parallel", {"own_rows": "rows.check_own_rows"}, points=1, minutes=10),
+    Exercise(7, "21_longtext", {"join": "joining.check_join"}, points=2, minutes=15),
+    Exercise(None, "22_planner", {"users_at_once": "capacity.check_users_at_once"}, points=1, minutes=15),
 )
 COURSE = tuple(exercise for exercise in EXERCISES if not exercise.extra)
 PACKAGE = "my_kvcache"  # the learner's own

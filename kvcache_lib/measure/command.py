@@ -11,24 +11,26 @@ import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..files import check_writable, signal_numbers, signals_held, write_whole
+from .machines import FOLDER, machine_name
 
 # %% ../../nbs/tools/measure/command.ipynb #cell-4
 PROGRAM = "kvcache-benchmark"
 
 
-def arguments(argv, models, contexts) -> argparse.Namespace:
+def arguments(argv, models, contexts, ladder_models=()) -> argparse.Namespace:
     """The arguments of the command, with `paths`, the files to write, and `error`, which ends the program with a message.
 
-    argv: a list of strings; None: the program's own.  models, contexts: what is measured if nothing is said.
+    argv: a list of strings; None: the program's own.  models, contexts: what is measured if nothing is said, and
+    ladder_models with --ladder. `folder` is where the files go, if it may have to be made, else None.
     """
     parser = argparse.ArgumentParser(prog=PROGRAM, description="One step of generation, with a KV cache and without.")
     add = parser.add_argument
     add("--ladder", action="store_true",
-        help="measure the fast GPT of notebook 09 beside transformers and a floor; about twenty minutes, 8 GB")
+        help="measure the fast GPT of notebook 09 beside transformers, CTranslate2 and a floor; about twenty minutes, 8 GB")
     add("--compiled", action="store_true", help="with --ladder: also with torch.compile")
     add("--serve", action="store_true",
         help="serve many requests at once, as in notebook 17, beside transformers; about ten minutes, 4 GB")
@@ -36,16 +38,22 @@ def arguments(argv, models, contexts) -> argparse.Namespace:
         help="compare one process with N that share the model (2), as in notebook 20; about three minutes, 6 GB")
     add("--requests", type=int, help="with --serve: how many arrive (32)")
     add("--rounds", type=int, help="with --serve: how often each way of serving gets them (2)")
-    add("--out", help="the results file, default benchmark_results.txt, ladder_results.txt, serve_results.txt or processes_results.txt; a .json is written beside it")
+    add("--out", help=f"the results file, default benchmark_results.txt, serve_results.txt, processes_results.txt or {FOLDER}/MACHINE.txt; a .json is written beside it")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--models", nargs="+", default=models, metavar="MODEL", help="default: %(default)s")
+    add("--models", nargs="+", metavar="MODEL",
+        help=f"default: {', '.join(models)}; with --ladder {', '.join(ladder_models)}, the number being the vocabulary")
     add("--contexts", nargs="+", default=contexts, type=int, metavar="T", help="default: %(default)s")
     add("--seconds", default=5.0, type=float,
         help="for each model and context, with --ladder for each group (default: %(default)s)")
     args = parser.parse_args(argv)
     name = "ladder" if args.ladder else "serve" if args.serve else "benchmark" if args.processes is None else "processes"
-    default, kinds = f"{name}_results.txt", ("json", "svg") if name in ("ladder", "serve") else ("json",)
-    out = Path(default if args.out is None else args.out)
+    args.models = args.models or (ladder_models if args.ladder else models)
+    kinds = ("json", "svg") if name in ("ladder", "serve") else ("json",)
+    args.folder = Path(FOLDER) if args.ladder and args.out is None else None
+    if args.folder is not None:
+        out = args.folder / f"{machine_name(args.device)}.txt"
+    else:
+        out = Path(f"{name}_results.txt" if args.out is None else args.out)
     args.paths = [out, *(out.parent / f"{out.stem}.{kind}" for kind in kinds)]
     args.error = parser.error
     if out in args.paths[1:]:
@@ -115,9 +123,13 @@ def measure_and_write(args, work) -> int:
     work() -> (text for the screen, texts): one for each of args.paths, or the exception that kept it from being made.
     A ValueError of work is the user's mistake.
     """
-    written = False
+    written = made_folder = False
     try:
         with stoppable():
+            if args.folder is not None and not args.folder.exists():
+                with suppress(OSError):  # what stands in the way, check_writable says
+                    args.folder.mkdir()
+                    made_folder = True
             check_writable(*args.paths)
             said, texts = work()
             made = {path: text for path, text in zip(args.paths, texts) if not isinstance(text, Exception)}
@@ -136,6 +148,10 @@ def measure_and_write(args, work) -> int:
         became = "the results are written" if written else f"{args.paths[0]} is as it was"
         print(f"\n{words(number)}; {became}", file=sys.stderr)
         return 128 + number
+    finally:
+        if made_folder:
+            with suppress(OSError):  # it is left if there is something in it
+                args.folder.rmdir()
     print(f"{said}written: {', '.join(map(str, made))}")
     for path, e in failed.items():
         print(f"{PROGRAM}: {path} could not be made and is as it was, so not of this run: {e!r}", file=sys.stderr)
