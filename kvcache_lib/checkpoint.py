@@ -29,7 +29,7 @@ from .llama import Llama, LlamaConfig
 from .measure.timing import interleaved, quartiles
 from .mingpt import GPT
 from .text import encode, stream
-from .weights import gpt2_tied
+from .weights import gpt2_tied, without_memory
 
 # %% ../nbs/13_checkpoint.ipynb #cell-11
 def layer_weights(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class Stored(NamedTuple):
 
     def empty(self, config: GPTConfig) -> GPT_fast:
         "The model of such a checkpoint, without memory for its weights."
-        with torch.device("meta"):
+        with without_memory():
             model = (Llama if isinstance(config, LlamaConfig) else GPT_fast)(config)
         if self.tied:
             model.lm_head.weight = model.transformer.wte.weight

@@ -30,6 +30,7 @@ from .mingpt import check_range
 from .peers import Peers
 from .processes import end_with_parent, group_device, join
 from .text import encode
+from .weights import without_memory
 
 # %% ../nbs/20_parallel.ipynb #cell-11
 def own_rows(rank: int, processes: int, n_head: int, n_kv_head: int, head_size: int) -> list[range]:
@@ -132,7 +133,7 @@ class Part:
         self.whole, self.peers = whole, peers
         c, own = model.config, shares(whole, peers.rank, peers.size)
         kinds = ((nn.Linear, "attn", "c_attn"), (SummedLinear, "attn", "c_proj"), (nn.Linear, "mlp", "c_fc"), (SummedLinear, "mlp", "c_proj"))
-        with torch.device("meta"):
+        with without_memory():
             for block in model.transformer.h:
                 for (kind, room, name), (n_in, n_out) in zip(kinds, c.linear_sizes()):
                     modules = getattr(block, room)._modules
@@ -170,7 +171,7 @@ class LlamaPart(Part, Llama):
 def empty_part(whole: GPTConfig, peers: Peers) -> Any:
     "This process' part of a model of that configuration, without memory for its weights."
     c = part_config(whole, peers.size)
-    with torch.device("meta"):
+    with without_memory():
         part = (LlamaPart if isinstance(c, LlamaConfig) else GPTPart_fast)(c)
     part.take_part(check_cut(whole, peers.size), peers)
     return part.requires_grad_(False).eval()

@@ -3,6 +3,7 @@
 Each process loads torch, which takes seconds. So four processes serve most of the tests, and the last of these kills one.
 """
 
+import json
 import math
 import os
 import re
@@ -18,11 +19,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kvcache_lib.benchmark import main
 from kvcache_lib.checkpoint import layout, save
-from kvcache_lib.config import resolved
+from kvcache_lib.config import GPTConfig, resolved
 from kvcache_lib.cost import cache_bytes, step_cost
 from kvcache_lib.cut import H100, LINKS, check_cut, handed_over, on_paper, part_cache_bytes, part_config, part_cost
 from kvcache_lib.llama import LlamaConfig
+from kvcache_lib.measure.processes import decode_times, format_processes
+from kvcache_lib.measure.subjects import BLOCK_SIZE, VOCAB_SIZE
 from kvcache_lib.parallel import cut, shares
 from kvcache_lib.peers import Peers
 from kvcache_lib.processes import ProcessFailed, Processes
@@ -93,6 +97,32 @@ def test_who_was_given_something_else_is_named(four, folders, case, what):
     with pytest.raises(ProcessFailed, match=f"expected the same {what} in all processes: rank 2 has other {what} than rank 0"):
         four.run(case, 2, *more)
     assert len(four.pids) == 4  # all said the same, and go on
+
+
+def test_what_the_benchmark_counts(four):
+    "One short measurement: what was sent and is held is what cost predicts, and there are times of all three ways."
+    for rank, found in enumerate(four.run(decode_times, "gpt-micro", 16, 0.01)):
+        config = GPTConfig(model_type="gpt-micro", vocab_size=VOCAB_SIZE, block_size=BLOCK_SIZE)
+        assert found["sent"] == handed_over(config, 4) and found["cache_bytes"] == part_cache_bytes(config, 4, 16)
+        assert all(bool(times) == (rank == 0 or name == "together") for name, times in found["times"].items())
+
+
+def test_the_kept_results_are_of_one_run():
+    root = Path(__file__).parents[1]
+    kept = json.loads((root / "processes_results.json").read_text())
+    assert format_processes(kept) == (root / "processes_results.txt").read_text()
+    for row in (row for model in kept["models"] for row in model["rows"]):
+        assert set(row["sent"]) == {row["sent_predicted"]} and set(row["cache_bytes"]) == {row["cache_bytes_predicted"]}
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--processes", "5", "--models", "gpt-mini"], "5 processes divide, got n_head = 6"), (["--processes", "1"], "processes ≥ 2"),
+    (["--processes", "--serve"], "without --ladder and --serve"), (["--processes", "--contexts", "1"], "contexts from 2")])
+def test_what_the_benchmark_refuses(given, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvcache_lib.processes.start_method", lambda: pytest.fail("a process was to be started"))
+    with pytest.raises(SystemExit):
+        main([*given, "--out", str(tmp_path / "out.txt")])
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_leaves(four):
