@@ -43,7 +43,7 @@ def check_cut(config: Any, processes: int) -> GPTConfig:
     hidden = config.n_hidden if isinstance(config, LlamaConfig) else 4 * config.n_embd
     wrong = [f"{name} = {size}" for name, size in (("n_head", config.n_head), ("the MLP's width", hidden)) if size % N]
     n_kv = config.cache_sizes().n_head
-    if n_kv % N and N % n_kv:
+    if n_kv != config.n_head and n_kv % N and N % n_kv:
         wrong.append(f"n_kv_head = {n_kv} (nor is {N} a multiple of it)")
     if wrong:
         raise ValueError(f"expected sizes that {N} processes divide, got {', '.join(wrong)}")

@@ -21,7 +21,7 @@ from .formats import config_of, layout
 from .llama import LlamaConfig
 
 # %% ../nbs/tools/hardware.ipynb #cell-4
-LATENCY = 1e-6  # seconds a message: assumed, see above
+LATENCY = 4e-6  # seconds a message: assumed, see above
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def parallelized(model: GPT_fast, mesh: Any) -> GPT_fast:
     styles = {"attn.c_attn": ColwiseParallel(), "attn.c_proj": RowwiseParallel(), "mlp.c_fc": ColwiseParallel(), "mlp.c_proj": RowwiseParallel()}
     return parallelize_module(found, mesh, {f"transformer.h.*.{name}": style for name, style in styles.items()})
 
-# %% ../nbs/20_parallel.ipynb #cell-32
+# %% ../nbs/20_parallel.ipynb #cell-33
 def first_rows(found: Any) -> list[Tensor]:
     "One row of every tensor of a checkpoint: enough to tell it from another."
     from safetensors import safe_open
@@ -264,7 +264,7 @@ def load_part(path_or_name: str | os.PathLike, peers: Peers | None = None, dtype
     own = shares(found.config, peers.rank, peers.size)
     return found.loaded(part, read_tensors(found.parts, found.names, found.headers, shapes, found.dtype, own))
 
-# %% ../nbs/20_parallel.ipynb #cell-35
+# %% ../nbs/20_parallel.ipynb #cell-36
 def part_of(name: str, peers: Peers) -> Loaded:
     'This process\' part of "text", the course\'s model of text, or of a checkpoint.'
     if name != "text":
@@ -328,6 +328,6 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-# %% ../nbs/20_parallel.ipynb #cell-36
+# %% ../nbs/20_parallel.ipynb #cell-37
 if __name__ == "__main__" and "__file__" in globals():  # `python -m`, not a notebook
     sys.exit(main())

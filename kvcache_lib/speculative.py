@@ -41,7 +41,7 @@ def verify(tokens: Tensor, q: Tensor, p: Tensor, u: Tensor) -> tuple[int, int]:
     """
     n = len(tokens)
     for i, x in enumerate(tokens.tolist()):
-        if u[i] >= min(1.0, float(p[i, x] / q[i, x])):
+        if u[i] >= p[i, x] / q[i, x]:
             rest = (p[i] - q[i]).clamp(min=0)
             return i, pick(rest / rest.sum(), u[n])
     return n, pick(p[n], u[n])

@@ -16,6 +16,7 @@ from kvcache_lib.hardware import HARDWARE, MODELS, Hardware, find_hardware, find
 from kvcache_lib.llama import Llama, LlamaConfig
 from kvcache_lib.config import GPTConfig, resolved
 from kvcache_lib.measure import capacity, machines, pace
+from kvcache_lib.measure.arrivals import Arrival, serve
 from kvcache_lib.planner import TYPES, plan, step_parts, whole_step
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,27 @@ def test_a_pace_is_found_again():
     assert pace.fitted(steps) == pytest.approx(true, rel=1e-6, abs=1e-9)
     with pytest.raises(ValueError, match="at least 4 steps"):
         pace.fitted(steps[:3])
+
+
+def test_servers_are_replayed():
+    "By a pace of seconds a step, so that no request waits for another's arrival: all counts are known."
+    requests = [Arrival(0.0, [1] * 5, 3), Arrival(0.0, [1] * 9, 2), Arrival(0.0, [1] * 2, 4)]
+    config = GPTConfig(model_type="gpt-nano", vocab_size=9, block_size=64)
+
+    def ends(most, budget):
+        server = pace.Replayed(pace.Pace(1e3 / 3, 0, 0, 0), config, most, budget)  # a second for a step of three layers
+        return serve(requests, server, lambda: server.now, lambda seconds: None).times
+
+    assert ends(1, None) == [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    assert ends(3, None) == [[1, 2, 3], [1, 2], [1, 2, 3, 4]]
+    assert ends(3, 8) == [[1, 2, 3], [2, 3], [3, 4, 5, 6]]  # 5 + 3 of 9, then 1 + 6, then 1 + 1 + 2
+    assert ends(2, 100) == [[1, 2, 3], [1, 2], [3, 4, 5, 6]]
+
+
+def test_measured_servers_are_near():
+    rows = [row for row in pace.measured_rows(*results()) if (row.source, row.code) == ("ladder", "GPT_fast") and row.kind != "generate"]
+    found = pace.served(json.loads((ROOT / "serve_results.json").read_text()), pace.fitted([(*row.costs()[0], row.ms) for row in rows]))
+    assert len(found) == 8 and sum(row["factor"] <= 1.6 for row in found) >= 7 and all(row["predicted"] > 0 for row in found)
 
 
 @pytest.mark.parametrize("settings", [

@@ -66,6 +66,13 @@ def known(env) -> dict:
     return {s: full[0] for s, full in short.items() if len(full) == 1} | {name: name for name in objects}
 
 
+def within(node, *kinds) -> bool:
+    "Whether a node lies in one of these kinds, at any depth."
+    while node is not None and not isinstance(node, kinds):
+        node = node.parent
+    return node is not None
+
+
 def link_names(app, doctree, docname):
     "Where a notebook's text names something of the library as code, it is a link to the reference."
     if docname.startswith("api/"):
@@ -73,7 +80,7 @@ def link_names(app, doctree, docname):
     objects = app.env.get_domain("py").objects
     meant = known(app.env) | app.config.course_names.get(docname, {})
     for literal in list(doctree.findall(nodes.literal)):
-        if isinstance(literal.parent, (nodes.reference, nodes.title)):
+        if within(literal, nodes.reference, nodes.title):
             continue
         name = re.sub(r"\(.*\)$", "", literal.astext())
         head, _, tail = name.partition(".")

@@ -86,7 +86,7 @@ def plan_html(model: str, gpu: str, log_context: int, processes: int, weights: s
         return f"<p>{html.escape(str(e))}</p>"
     picture = image(fig)
     plt.close(fig)
-    return table._repr_html_() + picture
+    return f'<div class="jp-RenderedHTMLCommon">{table._repr_html_()}{picture}</div>'  # as tables look in JupyterLab, in a widget too
 
 
 class Still:
