@@ -49,7 +49,7 @@ def test_what_the_modules_import_is_required_and_nothing_else():
         for name, at_once in imported(path).items():
             used.add(distribution[name])
             always |= {distribution[name]} if at_once else set()
-    required, optional = declared("requirements"), declared("dev_requirements") | declared("learn_requirements")
+    required, optional = declared("requirements"), declared("dev_requirements") | declared("learn_requirements") | declared("peers_requirements")
     assert required - used == set(), "required, but no module imports it"
     assert always - required == set(), "imported by a module, but not required"
     assert used - required - optional == set(), "imported in a function, but in no list"

@@ -15,7 +15,7 @@ from kvcache_lib.formats import settings_of
 from kvcache_lib.hardware import HARDWARE, MODELS, Hardware, find_hardware, find_model, parameters
 from kvcache_lib.llama import Llama, LlamaConfig
 from kvcache_lib.config import GPTConfig, resolved
-from kvcache_lib.measure import capacity, pace
+from kvcache_lib.measure import capacity, machines, pace
 from kvcache_lib.measure.arrivals import Arrival, serve
 from kvcache_lib.planner import TYPES, plan, step_parts, whole_step
 
@@ -24,7 +24,7 @@ H100 = HARDWARE["H100"]
 
 
 def results():
-    return [json.loads((ROOT / name).read_text()) for name in ("benchmark_results.json", "ladder_results.json")]
+    return [json.loads((ROOT / "benchmark_results.json").read_text()), machines.kept_ladder(ROOT / machines.FOLDER)[1]]
 
 
 def test_parameters_are_those_of_the_models():

@@ -15,7 +15,7 @@ import torch
 from ..config import GPTConfig
 from ..cost import StepCost, step_cost
 from .arrivals import Arrival, Arrivals, draw_requests, serve, waits
-from .subjects import BLOCK_SIZE, VOCAB_SIZE
+from .subjects import BLOCK_SIZE, VOCAB_SIZE, sizes_named
 
 # %% ../../nbs/tools/measure/pace.ipynb #cell-3
 class Pace(NamedTuple):
@@ -77,7 +77,8 @@ class Row(NamedTuple):
 
     def costs(self) -> list[tuple[StepCost, int]]:
         "The steps that it consists of: of each the cost and the layers."
-        config = GPTConfig(model_type=self.model_type, vocab_size=VOCAB_SIZE, block_size=BLOCK_SIZE)
+        preset, vocab_size, _ = sizes_named(self.model_type)
+        config = GPTConfig(model_type=preset, vocab_size=vocab_size, block_size=BLOCK_SIZE)
         cached, cache_passes, score_passes, itemsize = CODES[self.code]
 
         def step(new: int, seq: int, every: bool = False) -> tuple[StepCost, int]:
@@ -92,7 +93,7 @@ class Row(NamedTuple):
 
 
 def measured_rows(benchmark: dict, ladder: dict) -> list[Row]:
-    "All rows of benchmark_results.json and ladder_results.json that are steps of a model. Left out are products and reads."
+    "All rows of the benchmark's results and of one machine's ladder that are steps of a model. Left out are products and reads."
     rows = [
         Row("benchmark", code, "decode", model["model_type"], 1, row["T"], row[code]["median"])
         for model in benchmark["models"] for row in model["rows"] for code in ("no_kv", "fused", "kv")
