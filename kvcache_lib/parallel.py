@@ -38,7 +38,7 @@ def own_rows(rank: int, processes: int, n_head: int, n_kv_head: int, head_size: 
 
     c_attn has n_head · head_size rows of queries, one head after the other, then n_kv_head · head_size rows of keys,
     then as many of values. Each process has n_head / processes heads that lie side by side, and the heads of keys and
-    values that these look at. Are there fewer of those than processes, several processes hold the same one.
+    values that these look at. If there are fewer of those than processes, several processes hold the same one.
     rank: from 0 to processes − 1.  processes: divides n_head; and n_kv_head, or is a multiple of it.
     Raises ValueError if it does not.
     """

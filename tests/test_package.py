@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 MODELS = [
-    "files", "measure", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "prompts", "gpt", "sort",
+    "files", "measure", "measure.machines", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "prompts", "gpt", "sort",
     "measure.timing", "measure.reading", "measure.subjects", "benchmark", "rounding", "cost", "buffer", "kernels", "direct", "ragged", "fast", "corpus", "text", "kept",
-    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines", "int8", "quantized", "peers", "longtext", "cut", "hardware", "planner",
-    "measure.profiling", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
+    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines", "int8", "quantized", "speculative", "peers", "processes", "longtext", "cut", "parallel", "hardware", "planner",
+    "measure.profiling", "measure.apart", "measure.static", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """
 import importlib, json, sys

@@ -59,7 +59,7 @@ def capacity_picture(model: str, machines: Sequence[str], context: int | None = 
     contexts = [n for n in (2**e for e in range(8, 21)) if n <= longest]
     fig, axs = figure(2, width=3.7, height=3.1, alt=(
         f"{name} on {', '.join(machines)}: users at once, and tokens per second of all of them at the most, over the context, on log scales. "
-        "Both fall as the context grows; once the cache binds, twice the context is half of both."))  # fmt: skip
+        "Both fall as the context grows; once arithmetic no longer binds, twice the context is half of both."))  # fmt: skip
     for i, machine in enumerate(machines):
         plans = [plan(config, find_hardware(machine), n, prompt=1, **how) for n in contexts]
         for ax, values in zip(axs, ([p.users for p in plans], [p.tokens_per_second for p in plans])):
