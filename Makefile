@@ -53,11 +53,11 @@ check: $(STAMP)
 test: export OMP_NUM_THREADS = 1
 test: check
 	$(BIN)/nbdev_test
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-long: export OMP_NUM_THREADS = 1
 test-long: $(STAMP)
-	KVCACHE_LONG=1 KVCACHE_EXAMPLES=1500 CALLS=6000 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	KVCACHE_LONG=1 KVCACHE_EXAMPLES=1500 CALLS=6000 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 benchmark: $(STAMP)
 	$(BIN)/kvcache-benchmark

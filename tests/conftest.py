@@ -14,6 +14,18 @@ long = pytest.mark.skipif(not LONG, reason="KVCACHE_LONG=1 runs it")
 CACHED = (GPT_kv, GPT_fast)  # what one promises, the other keeps
 
 
+# The files that take longest, the longest first: so the workers end together. Else a browser is waited for alone.
+LONGEST = (
+    "test_checks", "test_stepper_browser", "test_grading_hostile", "test_edition", "test_grading", "test_lab", "test_site", "test_parallel",
+    "test_speculative", "test_ladder", "test_longtext", "test_engines", "test_benchmark", "test_packaging", "test_types", "test_planner",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=0, cached_class=GPT_kv):
     """A GPT with a cache and a GPT without, with the same weights, float64, eval.
 
