@@ -314,12 +314,16 @@ class KVBuffer:
                 f"expected length ≤ {self.length}, the tokens that the buffer holds, got {length}"
             )
         self.check_room(length)
+        self._check_crop(length)
+        self.length, self._known = length, min(length, self._known)
+
+    def _check_crop(self, length: int) -> None:
+        "Raise ValueError where tokens would be needed again that are not held any more."
         if self.length > self.limit and self.sinks < length < self.length:
             raise ValueError(
                 f"the window has moved on: expected length {self.length}, or ≤ {self.sinks}, got {length}; the tokens "
                 f"before position {self.length - (self.window or 0)} were overwritten. Encode the text again"
             )
-        self.length, self._known = length, min(length, self._known)
 
     def fork(self) -> "KVBuffer":
         "A copy that shares nothing: what is written to one is not seen in the other."

@@ -7,7 +7,6 @@ __all__ = ['layer_weights', 'Loaded', 'save', 'Stored', 'stored', 'load', 'prefi
 
 # %% ../nbs/13_checkpoint.ipynb #cell-2
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .config import GPTConfig, check_memory, check_whole
 from .fast import GPT_fast
+from .files import drop_output
 from .folders import FLOATS, checkpoint_folder, check_layers, headers_of, matched, read_json, read_tensors, stored_tensors
 from .formats import config_of, layout, settings_of
 from .llama import Llama, LlamaConfig
@@ -259,8 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kvcache-generate: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read has seen enough
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at the end is silent
+        drop_output()
         return 0
     except KeyboardInterrupt:
         return 130

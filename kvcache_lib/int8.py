@@ -56,7 +56,7 @@ _ways: dict[tuple, bool] = {}
 
 
 def _packed_is_faster(rows: int, out: int, n_in: int) -> bool:
-    rows = 1 << (rows - 1).bit_length() if rows <= kernels.FEW else kernels.MANY
+    rows = kernels.probed_rows(rows)
     key = (rows, out, n_in, torch.get_num_threads())
     if key not in _ways:
         if kernels._forked and torch.get_num_threads() > 1:

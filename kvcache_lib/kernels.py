@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kernel', 'KERNELS', 'STANDINS', 'PIECE', 'PIECE_FOR_MANY', 'ROUNDS', 'FIRST_ROUNDS', 'MARGIN', 'clock', 'SMALLEST',
            'FEW', 'MANY', 'MEASURED', 'onednn', 'vector', 'weights_first', 'Choice', 'standins', 'fastest', 'able',
-           'choice', 'product', 'kernels', 'forget', 'check_kernel', 'use']
+           'probed_rows', 'choice', 'product', 'kernels', 'forget', 'check_kernel', 'use']
 
 # %% ../nbs/tools/kernels.ipynb #cell-2
 import os
@@ -137,10 +137,15 @@ def able(name: str, rows: int) -> bool:
     return rows <= {"vector": 1, "weights first": FEW}.get(name, rows)
 
 
+def probed_rows(rows: int) -> int:
+    "With how many rows a product is probed that is asked for so many: the next power of two, or MANY."
+    return 1 << (rows - 1).bit_length() if rows <= FEW else MANY
+
+
 def choice(rows: int, w: Tensor, bias: Tensor | None) -> Choice:
     "The product for so many rows and these weights, (out, in), measured if it was not yet."
     threads = torch.get_num_threads()
-    rows = 1 << (rows - 1).bit_length() if rows <= FEW else MANY
+    rows = probed_rows(rows)
     if _fixed != MEASURED or (_forked and threads > 1):
         return Choice(_fixed if _fixed != MEASURED and able(_fixed, rows) else "plain")
     key = (*w.shape, bias is not None, rows, threads)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .buffer import KVBuffer
 from .config import GPTConfig, check_whole
 from .fast import GPT_fast
-from .peers import PeerLost
+from .peers import handing_over
 from .ragged import Packed
 
 # %% ../nbs/21_longtext.ipynb #cell-9
@@ -98,20 +98,13 @@ class Line:
     def send(self, numbers: Tensor, to: int) -> None:
         "Raises PeerLost if that process is gone, or does not take them in the group's time."
         self.sent += numbers.nbytes
-        self._call(dist.send, numbers.contiguous(), to)
+        handing_over(dist.get_rank(), f"rank {to}", dist.send, numbers.contiguous(), to)
 
     def receive(self, n: int, dtype: torch.dtype, source: int) -> Tensor:
         "n numbers, (n,). Raises PeerLost if none come in the group's time."
         numbers = torch.empty(n, dtype=dtype)
-        self._call(dist.recv, numbers, source)
+        handing_over(dist.get_rank(), f"rank {source}", dist.recv, numbers, source)
         return numbers
-
-    def _call(self, call: Callable[..., Any], numbers: Tensor, other: int) -> None:
-        try:
-            call(numbers, other)
-        except RuntimeError as e:
-            text = (str(e).splitlines() or [""])[0]
-            raise PeerLost(f"rank {dist.get_rank()} lost rank {other}, or waited too long: {text}") from e
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -278,19 +278,17 @@ class QuantizedBuffer(KVBuffer):
         One group that was rounded is taken back, and all are if length is 0. Raises TypeError or ValueError unless
         0 ≤ length ≤ self.length, and where tokens would be needed in full that are held rounded only.
         """
-        length = check_whole("length", length, least=0)
-        if length > self.length:
-            raise ValueError(f"expected length ≤ {self.length}, the tokens that the buffer holds, got {length}")
-        self.check_room(length)
+        super().crop(length)
+        if not length:
+            self.first = 0
+
+    def _check_crop(self, length: int) -> None:
         if self.rounding.rounded(length) < self.first and length:
             least = self.first + self.rounding.residual
             raise ValueError(
                 f"what was rounded cannot be undone: expected length ≥ {least}, or 0, got {length}; the tokens before position "
                 f"{self.first} are held in {self.rounding.bits} bits only. Encode the text again"
             )
-        self.length, self._known = length, min(length, self._known)
-        if not length:
-            self.first = 0
 
     def to_lists(self) -> list[list[Tensor]]:
         "As KVBuffer's: n_layer lists [k, v], both (B, held, C). What was rounded is what it is read as."

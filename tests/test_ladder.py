@@ -155,7 +155,7 @@ def test_the_command_writes_three_files(tmp_path, lean, capsys):
 
 
 def without_transformers(name):
-    raise contestants.PackageNotFoundError(name)
+    raise apart.PackageNotFoundError(name)
 
 
 def test_whether_transformers_can_take_part(monkeypatch):
@@ -165,12 +165,11 @@ def test_whether_transformers_can_take_part(monkeypatch):
         (lambda name: "5.0.0", ""),
         (lambda name: "10.1", ""),
     ):
-        monkeypatch.setattr(contestants, "version", version)
+        monkeypatch.setattr(apart, "version", version)
         assert contestants.missing_peer() == says
 
 
 def test_a_missing_peer_is_named_before_the_run_and_in_the_text(tmp_path, monkeypatch, lean, capsys):
-    monkeypatch.setattr(contestants, "version", without_transformers)
     monkeypatch.setattr(apart, "version", without_transformers)
     real = ladder.measure_ladder
 

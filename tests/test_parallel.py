@@ -23,7 +23,8 @@ from kvcache_lib.benchmark import main
 from kvcache_lib.checkpoint import layout, save
 from kvcache_lib.config import GPTConfig, resolved
 from kvcache_lib.cost import cache_bytes, step_cost
-from kvcache_lib.cut import H100, LINKS, check_cut, handed_over, on_paper, part_cache_bytes, part_config, part_cost
+from kvcache_lib.cut import check_cut, handed_over, on_paper, part_cache_bytes, part_config, part_cost
+from kvcache_lib.hardware import H100, LINKS
 from kvcache_lib.llama import LlamaConfig
 from kvcache_lib.measure.processes import decode_times, format_processes
 from kvcache_lib.measure.subjects import BLOCK_SIZE, VOCAB_SIZE

@@ -7,7 +7,6 @@ __all__ = ['plan_row', 'plan_table', 'capacity_picture', 'plan_html', 'Still', '
 
 # %% ../../nbs/tools/measure/capacity.ipynb #cell-2
 import argparse
-import contextlib
 import html
 import os
 import sys
@@ -18,6 +17,7 @@ import torch
 
 from ..cost import measure_machine
 from ..cut import Link
+from ..files import drop_output
 from ..hardware import HARDWARE, MODELS, Hardware, find_hardware, find_model
 from ..mingpt import best_device
 from ..planner import TYPES, Plan, itemsize_of, plan
@@ -173,8 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kvcache-plan: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read has seen enough
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at the end is silent
+        drop_output()
         return 0
     except KeyboardInterrupt:
         return 130

@@ -8,7 +8,6 @@ __all__ = ['PEER', 'PEERS', 'PRODUCTS', 'FLOOR', 'APART_AT_ONCE', 'missing_peer'
 
 # %% ../../nbs/tools/measure/contestants.ipynb #cell-2
 import copy
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from ..fast import GPT_fast
 from ..folders import stored_tensors
 from ..formats import layout, settings_of
 from ..gpt import GPT_kv
-from .apart import APART, Apart, missing_apart
+from .apart import APART, Apart, missing_apart, missing_package
 from .reading import READERS, fastest_reader, memory_of
 from .static import GPT_FASTS_WAY, backend_steps, static_steps
 from .subjects import same_weights, some_texts
@@ -34,11 +33,7 @@ FLOOR = "floor: one read of weights and cache"
 
 def missing_peer() -> str:
     "Why transformers cannot take part, in words; '' if it can."
-    try:
-        found = version("transformers")
-    except PackageNotFoundError:
-        return "transformers is not installed"
-    return "" if int(found.split(".")[0]) >= 5 else f"transformers {found} is too old, 5.0 is needed"
+    return missing_package("transformers", 5)
 
 
 def transformers_gpt2(model):

@@ -17,10 +17,12 @@ import torch
 
 from ..config import GPTConfig
 from ..cost import Machine, measure_machine
-from ..cut import H100, LINKS, Link, best_count, check_cut, handed_over, on_paper, parallel_seconds, part_cache_bytes
+from ..cut import Link, best_count, check_cut, handed_over, on_paper, parallel_seconds, part_cache_bytes
 from ..fast import GPT_fast
+from ..hardware import H100, LINKS
 from ..llama import LlamaConfig
-from .subjects import BLOCK_SIZE, MODELS, VOCAB_SIZE, check_arguments, same_weights, some_texts
+from .contestants import fast_step
+from .subjects import MODELS, check_arguments, config_named, same_weights, some_texts
 from .timing import environment, quartiles
 from ..mingpt import progress_bar
 from ..parallel import cut
@@ -41,25 +43,12 @@ def _timed(step: Callable[[], Any]) -> list[float]:
     return times[1:]
 
 
-def _decode(model: Any, idx: torch.Tensor) -> Callable[[], Any]:
-    "A decode step at the end of a text, again and again."
-    T = idx.size(1)
-    buffer = model.new_buffer(1, T)
-    model.step(idx[:, :-1], buffer, last_only=True)
-
-    def step() -> None:
-        buffer.crop(T - 1)
-        model.step(idx, buffer, last_only=True)
-
-    return step
-
-
 def decode_times(model_type: str, T: int, seconds: float) -> dict[str, Any]:
     "What each process runs: times in milliseconds (of rank 0), bytes handed over in a step, bytes of the cache, calls."
     (whole,) = same_weights(model_type, "cpu", GPT_fast)
     peers = Peers()
     part, idx = cut(whole, peers), some_texts(whole, 1, T)
-    together, alone = _decode(part, idx), _decode(whole, idx)
+    together, alone = fast_step(part, idx), fast_step(whole, idx)
     before = peers.bytes, peers.calls
     together()
     sent, calls = peers.bytes - before[0], peers.calls - before[1]
@@ -112,7 +101,7 @@ def measure_processes(models: Sequence[str] = MODELS, contexts: Sequence[int] = 
     check_arguments(models, contexts, "cpu", seconds)
     if type(processes) is not int or processes < 2:
         raise ValueError(f"expected processes ≥ 2, a whole number, got {processes!r}")
-    configs = {name: GPTConfig(model_type=name, vocab_size=VOCAB_SIZE, block_size=BLOCK_SIZE) for name in models}
+    configs = {name: config_named(name) for name in models}
     for config in configs.values():
         check_cut(config, processes)
     result: dict[str, Any] = {"device": "cpu", **environment("cpu"), "threads": 1, "processes": processes, "models": []}
