@@ -19,6 +19,7 @@ from ..gpt import GPT_kv
 from ..kernels import use
 from .contestants import fast_step
 from .subjects import VOCAB_SIZE, same_weights
+from ..weights import without_memory
 
 # %% ../../nbs/tools/measure/rungs.ipynb #cell-3
 def spelled_out_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class GPT_in_place_fused(GPT_fast):
 # %% ../../nbs/tools/measure/rungs.ipynb #cell-5
 def sharing(model_class: type, model):
     "A model of another class with the same weights, not a copy of them, in eval mode."
-    with torch.device("meta"):
+    with without_memory():
         other = model_class(model.config)
     other.load_state_dict(model.state_dict(keep_vars=True), strict=True, assign=True)
     return other.eval()
