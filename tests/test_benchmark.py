@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,12 +103,14 @@ def test_no_times_are_an_error_that_says_so():
         timing.interleaved(lambda: None, min_rounds=0)
 
 
-def test_the_committed_results_belong_together():
-    from pathlib import Path
+ROOT = Path(__file__).parents[1]
 
-    root = Path(__file__).parents[1]
-    result = json.loads((root / "benchmark_results.json").read_text())
-    assert (root / "benchmark_results.txt").read_text() == benchmark.format_results(result)
+
+@pytest.mark.parametrize("folder", [ROOT, *sorted((ROOT / "gpu_results").iterdir())], ids=lambda folder: folder.name)
+def test_the_committed_results_belong_together(folder):
+    result = json.loads((folder / "benchmark_results.json").read_text())
+    assert (folder / "benchmark_results.txt").read_text() == benchmark.format_results(result)
+    assert (result["device"] == "cuda") == (folder != ROOT)
     assert [m["model_type"] for m in result["models"]] == list(subjects.MODELS)
     for model in result["models"]:
         assert [r["T"] for r in model["rows"]] == list(subjects.CONTEXTS)

@@ -88,6 +88,20 @@ def test_without_transformers_its_row_is_left_out(tmp_path, monkeypatch, capsys)
     assert "left out, since" in said.out and "transformers none" in said.out
 
 
+def test_a_peer_that_cannot_serve_here_costs_nobody_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serving, "Arrivals", lambda requests: Arrivals(requests, shared=16, prompt=(2, 5), new=(2, 3)))
+    monkeypatch.setattr(serving, "missing_batching", lambda: "")
+    monkeypatch.setattr(serving, "peer_model", lambda model: None)
+    monkeypatch.setattr(serving, "peer_serve", lambda *args: (_ for _ in ()).throw(RuntimeError("no kernel for this device")))
+    assert benchmark.main([*QUICK, "--out", str(tmp_path / "s.txt")]) == 0
+    assert f"{serving.PEER}, cannot serve here and is left out: no kernel for this device" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "s.json").read_text())["models"][0]["rows"]
+    assert [row["name"] for row in rows] == [serving.ALONE, serving.STATIC, serving.CONTINUOUS, serving.PAGED]
+    monkeypatch.setattr(serving.InTurn, "step", lambda self: (_ for _ in ()).throw(RuntimeError("ours")))
+    with pytest.raises(RuntimeError, match="ours"):
+        benchmark.main([*QUICK, "--out", str(tmp_path / "s.txt")])
+
+
 @pytest.mark.parametrize(
     "arguments,says",
     [
@@ -109,8 +123,9 @@ def test_bad_arguments_are_refused_before_any_work(arguments, says, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_the_committed_results_belong_together():
-    result = json.loads((ROOT / "serve_results.json").read_text())
-    assert (ROOT / "serve_results.txt").read_text() == serving.format_serving(result)
+@pytest.mark.parametrize("folder", [ROOT, *sorted((ROOT / "gpu_results").iterdir())], ids=lambda folder: folder.name)
+def test_the_committed_results_belong_together(folder):
+    result = json.loads((folder / "serve_results.json").read_text())
+    assert (folder / "serve_results.txt").read_text() == serving.format_serving(result)
     for model in result["models"]:
         assert [row["same_texts"] for row in model["rows"]][0] == result["arrivals"]["requests"]

@@ -152,7 +152,7 @@ def measure_and_write(args, work) -> int:
         if made_folder:
             with suppress(OSError):  # it is left if there is something in it
                 args.folder.rmdir()
-    print(f"{said}written: {', '.join(map(str, made))}")
+    print(f"{said}written: {', '.join(map(str, made)) or 'nothing'}")
     for path, e in failed.items():
         print(f"{PROGRAM}: {path} could not be made and is as it was, so not of this run: {e!r}", file=sys.stderr)
     return 1 if failed else 0

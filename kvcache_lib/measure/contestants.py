@@ -88,6 +88,7 @@ class Contestants:
         self.half = copy.deepcopy(self.fast).to(torch.bfloat16)
         self.int8 = quantized(self.fast, weights="int8", cache="int8") if device == "cpu" else None
         self.peer = transformers_gpt2(self.kv) if not missing_peer() else None
+        self.half_peer = copy.deepcopy(self.peer).to(torch.bfloat16) if self.peer is not None and device == "cuda" else None
         self.apart = Apart(self.kv, torch.get_num_threads()) if apart and device == "cpu" and not missing_apart() else None
         self.compiled = copy.deepcopy(self.fast) if compiled else None
         if compiled:
@@ -113,8 +114,11 @@ APART_AT_ONCE = 2048  # tokens: what runs apart encodes all of them for each tur
 
 
 @torch.no_grad()
-def decode_steps(models: Contestants, B: int, T: int, no_cache: bool = True) -> dict:
-    "Functions by name: one step at context T for a batch of B. no_cache: also those that encode all T tokens."
+def decode_steps(models: Contestants, B: int, T: int, no_cache: bool = True, compile: bool = False) -> dict:
+    """Functions by name: one step at context T for a batch of B.
+
+    no_cache: also those that encode all T tokens.  compile: also gpt-fast's way, which compiles for half a minute.
+    """
     idx = models.tokens(B, T)
     old, new = idx[:, :-1], idx[:, -1:]
     steps = {}
@@ -125,9 +129,9 @@ def decode_steps(models: Contestants, B: int, T: int, no_cache: bool = True) -> 
     steps["GPT_kv"] = lambda: models.kv(idx, kv_cache=lists)[0][:, -1]
     steps |= {name: fast_step(model, idx) for name, model in models.fasts().items()}
     if idx.device.type == "cuda":
-        steps |= gpu_steps(models, idx)
-    elif models.compiled is not None:
-        steps[GPT_FASTS_WAY] = static_steps({"": models.fast}, idx, compile=True)[GPT_FASTS_WAY]
+        steps |= gpu_steps(models, idx, compile)
+    elif compile:
+        steps[GPT_FASTS_WAY] = static_steps({"": models.fast}, idx, compile)[GPT_FASTS_WAY]
     if models.peer is not None:
         steps |= peer_steps(models.peer, old, new)
     if models.apart is not None and B * T <= APART_AT_ONCE:
@@ -175,11 +179,13 @@ def peer_steps(peer, old, new) -> dict:
     return steps
 
 
-def gpu_steps(models: Contestants, idx) -> dict:
-    "What a GPU has besides, by name: the static cache, replayed and compiled, and attention's implementations in bfloat16."
+def gpu_steps(models: Contestants, idx, compile: bool = False) -> dict:
+    "What a GPU has besides, by name: the static cache, replayed and, if asked, compiled; in bfloat16 also transformers and attention's implementations."
     kinds = {"": models.fast, ", bfloat16": models.half}
     kinds = {word: model for word, model in kinds.items() if model is not None}
-    steps = static_steps(kinds, idx, compile=idx.device.type == "cuda")
+    steps = static_steps(kinds, idx, compile)
+    if models.half_peer is not None:
+        steps |= {f"{name}, bfloat16": step for name, step in peer_steps(models.half_peer, idx[:, :-1], idx[:, -1:]).items()}
     word, model = list(kinds.items())[-1]
     return steps | backend_steps(f"GPT_fast{word}", fast_step(model, idx))
 

@@ -69,8 +69,10 @@ def measure_ladder(
 
     models: presets, or such as "gpt2-50257", see `sizes_named`.  contexts, device, seconds: as in `benchmark.measure`.
     batches: texts at once.
-    compiled: also measure GPT_fast with its blocks compiled, which needs a C++ compiler and half a minute for each model.
-    Raises ValueError as `benchmark.measure` does, and for a batch below 1.
+    compiled: also measure GPT_fast with its blocks compiled, which needs a C++ compiler and half a minute for each model;
+        and gpt-fast's way at the first batch and the first and last context. A GPU measures the latter anyway.
+    Raises ValueError as `benchmark.measure` does, and for a batch below 1. After a RuntimeError, such as memory that ran out,
+    what was measured comes back, and `ended_early` says where and why.
     """
     device = best_device() if device == "auto" else device
     check_arguments(models, contexts, device, seconds)
@@ -84,14 +86,17 @@ def measure_ladder(
     jobs = [(kind, B, T) for kind in ("decode", "prefill") for B in batches for T in contexts]
     jobs = [job for job in jobs if job[0] == "decode" or job[1] * job[2] <= AT_ONCE]
     jobs += [("generate", B, NEW_TOKENS) for B in batches]
+    where = ""
     with progress_bar(total=len(models) * len(jobs), unit="group") as bar:
         for model_type in models:
             contestants = Contestants(model_type, device, compiled, apart=True)
             try:
                 for kind, B, T in jobs:
-                    bar.set_description(f"{model_type}, {kind}, batch {B}, T = {T}")
+                    where = f"{model_type}, {kind}, batch {B}, T = {T}"
+                    bar.set_description(where)
                     if kind == "decode":
-                        steps = decode_steps(contestants, B, T, no_cache=B * T <= NO_CACHE)
+                        compile = (compiled or device == "cuda") and B == batches[0] and T in (contexts[0], contexts[-1])
+                        steps = decode_steps(contestants, B, T, no_cache=B * T <= NO_CACHE, compile=compile)
                     else:
                         steps = (prefill_steps if kind == "prefill" else generations)(contestants, B, T)
                     before = probe.disturbed
@@ -100,6 +105,11 @@ def measure_ladder(
                         {"model_type": model_type, "kind": kind, "batch": B, "T": T, "disturbed": probe.disturbed - before, "rows": rows}
                     )
                     bar.update()
+            except RuntimeError as e:
+                if not result["groups"]:
+                    raise
+                result["ended_early"] = f"{where}: {str(e).splitlines()[0]}"
+                break
             finally:
                 contestants.close()
     result["probe"] = {**quartiles(probe.times), "best": min(probe.times), "disturbed": probe.disturbed}
@@ -159,7 +169,7 @@ def format_ladder(result: dict) -> str:
 def ladder_files(models, contexts, device="auto", seconds=5.0, compiled=False) -> tuple:
     """Measure: `(text for the screen, [texts of the .txt, the .json and the .svg])`. See `measure_ladder`.
 
-    The last one is the exception that came, if the picture could not be drawn.
+    The last one is the exception that came, if the picture could not be drawn; all are, if the run ended early.
     """
     if missing_peer():
         print(f"{missing_peer()}: its rows, and the ratios to it, are left out", file=sys.stderr)
@@ -167,6 +177,8 @@ def ladder_files(models, contexts, device="auto", seconds=5.0, compiled=False) -
         print(f"{missing_apart()}: its rows are left out", file=sys.stderr)
     result = measure_ladder(models, contexts, device, seconds, compiled=compiled)
     text = format_ladder(result)
+    if "ended_early" in result:
+        return text, [RuntimeError(result["ended_early"])] * 3
     try:
         picture = svg(draw_ladder(result))
     except Exception as e:

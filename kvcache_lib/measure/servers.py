@@ -64,7 +64,8 @@ class InTurn:
         if not self.group:
             self.group = [self.line.popleft() for _ in range(min(self.most, len(self.line)))]
             self.longest, self.written = max(request.new_tokens for _, request in self.group), 0
-            prompts = [torch.tensor(request.prompt) for _, request in self.group]
+            device = self.model.weight_like().device
+            prompts = [torch.tensor(request.prompt, device=device) for _, request in self.group]
             if self.most == 1:
                 self.stream = self.model.generate_kv(prompts[0][None], self.longest, stream=True)
             else:

@@ -11,25 +11,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../../nbs/tools/measure/static.ipynb #cell-3
-class StaticStep:
+class StaticStep(nn.Module):
     """A decode step of a GPT for B texts over a cache of `capacity` tokens: `step()` → logits (B, vocab).
 
     model: a GPT_fast of plain layers, on any device.  position, (1,): where the token stands.  token, (B, 1): what it is.
-    All tensors stay where they are, so the step can be captured, and replayed with other tokens and positions.
+    All tensors stay where they are, so the step can be captured, and replayed with other tokens and positions. They are
+    a module's buffers: of these a compiler knows it, and leaves them where they are when it captures a graph itself.
     """
 
+    cache: Tensor
+    position: Tensor
+    token: Tensor
+    columns: Tensor
+
     def __init__(self, model: Any, B: int, capacity: int):
+        super().__init__()
         w = model.weight_like()
         n_head, hs = model.config.cache_sizes()[:2]
         self.model, self.n_head = model, n_head
-        self.cache = torch.zeros(model.config.n_layer, 2, B, n_head, capacity, hs, dtype=w.dtype, device=w.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=w.device)
-        self.token = torch.zeros(B, 1, dtype=torch.int64, device=w.device)
-        self.columns = torch.arange(capacity, device=w.device)
+        self.register_buffer("cache", torch.zeros(model.config.n_layer, 2, B, n_head, capacity, hs, dtype=w.dtype, device=w.device))
+        self.register_buffer("position", torch.zeros(1, dtype=torch.int64, device=w.device))
+        self.register_buffer("token", torch.zeros(B, 1, dtype=torch.int64, device=w.device))
+        self.register_buffer("columns", torch.arange(capacity, device=w.device))
 
     @torch.no_grad()
     def begin(self, idx: Tensor) -> None:
@@ -43,7 +50,7 @@ class StaticStep:
         self.token.copy_(idx[:, -1:])
 
     @torch.no_grad()
-    def __call__(self) -> Tensor:
+    def forward(self) -> Tensor:
         m = self.model.transformer
         x = m.wte(self.token) + m.wpe(self.position)  # (B, 1, C)
         seen = self.columns <= self.position[:, None]  # (1, capacity)
@@ -59,8 +66,8 @@ class StaticStep:
 
 
 def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    "The step as one CUDA graph. Without a GPU the step as it is."
-    if not torch.cuda.is_available():
+    "The step as one CUDA graph; on another device the step as it is."
+    if not step().is_cuda:
         return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -69,8 +76,12 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    # cuBLAS keeps its workspace for the next graph, and a compiled graph frees it: so each of ours takes one of its own,
+    # from its own memory, and leaves none behind.
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph):
         logits = step()
+    torch._C._cuda_clearCublasWorkspaces()
 
     def replay(kept: Any = step) -> Tensor:  # what the graph's addresses point to must stay
         graph.replay()
@@ -81,8 +92,7 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def compiled(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     "The step compiled as gpt-fast compiles it. That takes half a minute, and a C++ compiler if there is no GPU."
-    on_gpu = torch.cuda.is_available()
-    fast = torch.compile(step, mode="reduce-overhead" if on_gpu else None, fullgraph=True)
+    fast = torch.compile(step, mode="reduce-overhead" if step().is_cuda else None, fullgraph=True)
     return lambda: fast().clone()  # on a GPU the next step writes where this one's output is
 
 # %% ../../nbs/tools/measure/static.ipynb #cell-5
