@@ -32,7 +32,7 @@ def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     x: any shape. Along `dim` lie the numbers of a group, which share a scale and a lowest number.
     codes: whole numbers from 0 to 2^bits − 1, uint8, of x's shape. The lowest number has code 0, the highest the last.
     scale, low: of the dtype `SCALES[bits]` and of x's shape, but 1 along dim. They are rounded to that dtype before
-        any code is found, for the code is read with what is stored. A group of equal numbers has codes 0, without nan.
+        any code is found, for the code is read with what is stored. Equal numbers that this dtype holds have codes 0, and none gives nan.
     """
     kind, most = SCALES[bits], 2**bits - 1
     low = x.amin(dim, keepdim=True).to(kind)

@@ -326,7 +326,7 @@ def compare_drafts(model: Any, drafts: dict[str, tuple[Draft, int]], idx: Tensor
     """What drafts save on a greedy text, predicted and measured: a row for each, in milliseconds a token, and the speed-up.
 
     drafts: by name, a draft and k.  idx: the prompt, (1, t).  seconds: of measuring for each, in turns with `generate_kv`.
-    The prediction has the share of guesses that were accepted, and the times of a guess and of a step with k + 1 rows.
+    The prediction has the share of judged guesses that were accepted, and the times of a guess and of a step with k + 1 rows.
     Raises AssertionError if a text is not that of `generate_kv`, but for rounding.
     """
     rows = []

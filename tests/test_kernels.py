@@ -26,6 +26,7 @@ here = [name for name in kernels.KERNELS if name != "onednn" or kernels._onednn_
 def clean(monkeypatch):
     "Each test begins with nothing chosen, and measures, whatever the environment says, over little memory."
     monkeypatch.setattr(kernels, "STANDINS", 2**22)
+    monkeypatch.setattr(kernels, "BURST", 1)  # one product at a time
     with kernels.use("measured"):
         kernels.forget()
         yield
@@ -115,6 +116,19 @@ def test_it_is_measured_once_in_turns_over_weights_that_are_not_in_the_cache(rac
     del calls[:]
     ask(layer())  # another layer of the same shape
     assert [call[0] for call in calls] == ["weights_first"] and kernels._memory == []  # and the memory is given back
+
+
+def test_small_products_are_timed_several_in_a_row(race, monkeypatch):
+    monkeypatch.setattr(kernels, "BURST", 3 * WIDE[0] * WIDE[1])
+    for rows, timed in ((1, 3), (2, 1)):
+        calls = race(plain=1.0, weights_first=0.5)
+        kernels.forget()
+        del calls[:]
+        ask(layer(), rows)
+        names = [call[0] for call in calls[2:-1]]
+        turns = [names[i : i + 1 + timed] for i in range(0, len(names), 1 + timed)]
+        assert len(turns) == 2 * kernels.ROUNDS and all(len(set(turn)) == 1 and len(turn) == 1 + timed for turn in turns)
+        assert kernels.kernels()[0]["against plain"] == 0.5
 
 
 def test_many_rows_are_probed_with_less_of_the_weights(race):
