@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,31 +75,6 @@ def test_the_cached_side_encodes_one_token_and_the_other_all():
         model.transformer.h[0].register_forward_hook(lambda module, args, out: counts.append(args[0].size(1)))
     no_kv(), kv(), kv()
     assert counts == [20, 1, 1]
-
-
-@pytest.mark.parametrize("seconds, runs, counted", [
-    ((0.2, 9, 9), 1, [200.0]),  # long: the only run counts
-    ((0.05, 0.01, 0.02, 0.03, 0.04, 9), 5, [10.0, 20.0, 30.0, 40.0]),  # the first is slow, and does not
-    ((0.001, 9), 1, [1.5]),  # short: as many as fit
-])  # fmt: skip
-def test_a_turn_is_some_runs_of_which_the_first_counts_only_if_it_is_long(seconds, runs, counted, monkeypatch):
-    left = list(seconds)
-
-    class Said:
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def timeit(self, number):
-            assert number == 1
-            return SimpleNamespace(mean=left.pop(0))
-
-        def blocked_autorange(self, min_run_time):
-            assert min_run_time == 0.02
-            return SimpleNamespace(times=[0.0015])
-
-    monkeypatch.setattr(timing, "Timer", Said)
-    assert timing.interleaved(lambda: None, seconds=0, min_rounds=1) == [pytest.approx(counted)]
-    assert len(seconds) - len(left) == runs
 
 
 def test_sides_take_turns():

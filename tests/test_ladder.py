@@ -339,6 +339,12 @@ def test_the_head_is_tied_for_all_who_take_part():
                 torch.testing.assert_close(step().float(), want, rtol=0, atol=5e-2 if "16" in name or "int8" in name else 1e-5)
 
 
+def test_the_int8_step_that_is_timed_rounds_no_group():
+    rounding = contestants.Contestants("gpt-nano").int8.rounding
+    assert all(rounding.rounded(T) == rounding.rounded(T - 1) > 0 for T in subjects.CONTEXTS if T > rounding.full_rows)
+    assert rounding.rounded(2048) > rounding.rounded(64) == rounding.rounded(63) == 0
+
+
 # Rounds
 
 
