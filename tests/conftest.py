@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -24,6 +25,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    gc.collect()
+    gc.freeze()  # torch and the tests stay: to look through them again and again would take a tenth of the time
 
 
 def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=0, cached_class=GPT_kv):
