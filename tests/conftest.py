@@ -17,7 +17,7 @@ CACHED = (GPT_kv, GPT_fast)  # what one promises, the other keeps
 
 # The files that take longest, the longest first: so the workers end together. Else a browser is waited for alone.
 LONGEST = (
-    "test_checks", "test_stepper_browser", "test_grading_hostile", "test_edition", "test_grading", "test_lab", "test_site", "test_parallel",
+    "test_checks", "test_browser", "test_grading_hostile", "test_edition", "test_grading", "test_site", "test_parallel",
     "test_speculative", "test_ladder", "test_longtext", "test_engines", "test_benchmark", "test_packaging", "test_types", "test_planner",
 )  # fmt: skip
 
