@@ -49,11 +49,11 @@ exercises: $(STAMP)
 check: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_exports.py
 
-# One thread a process: two processes with two threads each would wait for each other on two cores.
+# The exports were looked at by then. One thread a process: two processes with two threads each would wait for each other on two cores.
 test: export OMP_NUM_THREADS = 1
 test: check
-	$(BIN)/nbdev_test
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	KVCACHE_QUICK=1 $(BIN)/nbdev_test
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --ignore tests/test_exports.py
 
 test-long: export OMP_NUM_THREADS = 1
 test-long: $(STAMP)
