@@ -18,7 +18,7 @@ help:
 	@echo "make lab          open JupyterLab at the first notebook"
 	@echo "make exercises    write exercises/, the edition with blanks, if it isn't there; open it"
 	@echo "make test         check the exports, run every notebook and the test suite"
-	@echo "make test-long    the suite with what costs more: 10,000 requests, Firefox, every exercise in nbgrader"
+	@echo "make test-long    the suite with what costs more: 10,000 requests, Firefox, the site, every exercise in nbgrader"
 	@echo "make benchmark    measure this machine; rewrites benchmark_results.txt"
 	@echo "make ladder       measure the fast GPT beside its peers; writes ladder_results/"
 	@echo "make textmodel    train the kept model of text again, on the course's prose as it is now"
