@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -16,7 +17,7 @@ CACHED = (GPT_kv, GPT_fast)  # what one promises, the other keeps
 
 # The files that take longest, the longest first: so the workers end together. Else a browser is waited for alone.
 LONGEST = (
-    "test_checks", "test_stepper_browser", "test_grading_hostile", "test_edition", "test_grading", "test_lab", "test_site", "test_parallel",
+    "test_checks", "test_browser", "test_grading_hostile", "test_edition", "test_grading", "test_site", "test_parallel",
     "test_speculative", "test_ladder", "test_longtext", "test_engines", "test_benchmark", "test_packaging", "test_types", "test_planner",
 )  # fmt: skip
 
@@ -24,6 +25,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    gc.collect()
+    gc.freeze()  # torch and the tests stay: to look through them again and again would take a tenth of the time
 
 
 def make_pair(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16, seed=0, cached_class=GPT_kv):

@@ -1,6 +1,6 @@
 """Submissions that attack the grader. `ATTACKS` want a pass that they have not earned; `HOSTILE` want to do harm.
 
-Each is the source of exercise 1 as a learner would export it. They run only inside the grader's sandbox.
+`REPEATED` names those that are sent in `make test-long` only. Each is the source of exercise 1 as a learner would export it. They run only inside the grader's sandbox.
 """
 
 from kvcache_lib.classroom.exercises import EXERCISES
@@ -246,3 +246,13 @@ HOSTILE = {
     "zero bytes": "\0class CausalSelfAttention_kv: pass",
     "half a character": "x = '\ud800'\nclass CausalSelfAttention_kv: pass",
 }
+
+# They stand before the same wall as another: `make test-long` sends them too.
+REPEATED = (
+    "assert_close", "the judge", "code objects", "comparisons of tensors", "the exception", "builtins", "seeds", "profiling",
+    "import", "exec", "by the model", "the classroom", "its comment deleted", "padded", "an answer in a file", "SystemExit", "exit at once",
+    "a pickle as a message", "a thread that patches", "a lying class",
+    "kills everyone", "interrupts its group", "interrupts its parent", "loops", "takes all memory", "fills shared memory", "recurses", "aborts", "edits by mode",
+    "writes the canary", "remounts", "traces", "raises what kills", "raises half a character", "matches for ever", "a large power",
+    "hangs when it ends", "a deep tree", "one long line", "many empty lines", "half a character",
+)  # fmt: skip

@@ -90,6 +90,20 @@ def test_sides_take_turns():
     assert all(len(t) >= 3 for t in times)
 
 
+def test_where_times_are_not_read_each_is_run_twice(monkeypatch):
+    monkeypatch.setenv("KVCACHE_QUICK", "1")
+    ran = []
+
+    class Elsewhere:
+        def times(self):
+            return [3.0]
+
+    here, there = timing.interleaved(lambda: ran.append(1), Elsewhere(), seconds=60, min_rounds=9)
+    assert len(ran) == len(here) == 2 and all(0 <= t < 1000 for t in here) and there == [3.0, 3.0]
+    with pytest.raises(ValueError, match="min_rounds ≥ 1"):
+        timing.interleaved()
+
+
 def test_median_and_quartiles():
     assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "runs": 5}
 

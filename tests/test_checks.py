@@ -10,12 +10,14 @@ import torch
 from right_solutions import ATTENTIONS, BLOCKS, MODELS
 from right_texts import RIGHT_TEXTS
 
+from kvcache_lib import checks
 from kvcache_lib.attention import CausalSelfAttention_kv
 from kvcache_lib.block import Block_kv
 from kvcache_lib.checks import PROMISES, CheckFailed, check_attention, check_block, check_generate, check_gpt, findings, judge, who_sees_whom
 from kvcache_lib.checks.observe import observe
+from kvcache_lib.checks.watching import Fresh, multiply_adds
 from kvcache_lib.gpt import GPT_kv
-from kvcache_lib.mingpt import GPT, Block, CausalSelfAttention
+from kvcache_lib.mingpt import GPT, Block, CausalSelfAttention, GPTConfig
 from kvcache_lib.mistakes import ATTENTION, BLOCK, CHECKS, MISTAKES, MODEL, NOTED, WRITTEN_OUT, diagnosis, remarks, written
 from kvcache_lib.mistakes import showing
 
@@ -27,6 +29,31 @@ TEXTS = [
     for (exercise, name), source in RIGHT_TEXTS.items()
     for check in {"attention": (check_attention,), "block": (check_block,), "models": (check_gpt, check_generate)}[exercise]
 ]
+
+
+def looks(check, cls):
+    "What this check runs of a class: the same for two classes of one text, whatever generate_kv says."
+    parts = [getattr(cls, name, None) for name in ("attention_class", "block_class")]
+    return check, cls.__bases__, parts, set(vars(cls)), getattr(cls.forward, "__code__", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_right_is_checked_once():
+    "Where a mistake is found, what it stands on is checked next. Nearly all stand on the same right text: a tenth of a minute in all."
+    model = written(MODEL)
+    right = [("check_attention", model.block_class.attention_class), ("check_block", model.block_class), ("check_gpt", model)]
+    real, judged = checks._check, [(looks(*pair), []) for pair in right]
+
+    def check(name, cls, seed=0):
+        for known, judge in judged if isinstance(cls, type) and hasattr(cls, "forward") and not seed else ():
+            if looks(name, cls) == known:
+                judge += [] if judge else [real(name, cls)]
+                return judge[0]
+        return real(name, cls, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "_check", check)
+        yield
 
 
 def test_there_are_enough():
@@ -263,6 +290,30 @@ def test_global_state_is_neither_used_nor_changed(dtype):
     finally:
         torch.set_default_dtype(default)
     assert len(texts) == 2
+
+
+@pytest.mark.parametrize("cls", [CausalSelfAttention_kv, *ATTENTIONS])
+def test_work_is_counted_as_pytorch_counts_it(cls):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = cls(GPTConfig(n_head=2, n_embd=8, block_size=16)).eval()
+    cache = [torch.randn(2, 5, 8), torch.randn(2, 5, 8)]
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(2, 3, 8), cache)
+    assert multiply_adds(lambda: layer(torch.randn(2, 3, 8), cache)) == counter.get_total_flops() // 2 >= 2 * 3 * 4 * 8 * 8
+    assert multiply_adds(lambda: (torch.ones(3, 4) @ torch.ones(4, 5), 1 / 0)) == 60
+
+
+def test_a_module_is_put_back_to_how_it_was_made():
+    layer = CausalSelfAttention(GPTConfig(n_head=2, n_embd=8, block_size=16))
+    layer.seen = []
+    fresh = Fresh(layer)
+    for _ in range(2):
+        made = fresh()
+        assert made.seen == [] and "extra" not in dict(made.named_buffers()) and not hasattr(made, "more")
+        made.seen.append(1)
+        made.register_buffer("extra", torch.ones(1))
+        made.more = 3
 
 
 def test_order_does_not_matter():

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def run(*command, cwd):
 
 def nbdev_test(folder, *stems):
     "`(stderr, stems that failed)` of nbdev_test, on some of the notebooks."
-    code = "from nbdev.test import nbdev_test; nbdev_test(file_re=__import__('sys').argv[1], n_workers=2)"
+    code = "from nbdev.test import nbdev_test; nbdev_test(file_re=__import__('sys').argv[1], n_workers=0)"  # one process imports torch, not each
     ran = run("-c", code, "|".join(stems), cwd=folder)
     failed = ran.stderr.rpartition("Tests Failed On The Following Notebooks:")[2] if ran.returncode else ""
     return ran.stderr, [stem for stem in stems if stem in failed]
@@ -507,38 +506,3 @@ def test_nbgrader_takes_it_as_it_is(blank, tmp_path):
     rows = [line.split(",") for line in (tmp_path / "grades.csv").read_text().splitlines()]
     student, score = rows[0].index("student_id"), rows[0].index("score")
     assert {row[student]: float(row[score]) for row in rows[1:]} == {"ada": float(sum(e.points * len(e.checks) for e in exercises)), "cleo": 0.0}
-
-
-# --- installed from a wheel
-
-
-def test_the_wheel_carries_the_notebooks(tmp_path):
-    "Build a wheel, unpack it, and make an edition with nothing else of the project in reach."
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("not a git checkout")
-    for name in tracked.stdout.split("\n")[:-1]:
-        if (ROOT / name).is_file():
-            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "src" / name)
-    built = run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), cwd=tmp_path / "src")
-    assert built.returncode == 0, built.stderr
-    shutil.rmtree(tmp_path / "src")
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        assert {f"kvcache_lib/nbs/{stem}.ipynb" for stem in NOTEBOOKS} <= set(wheel.namelist())
-        commands = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
-        wheel.extractall(tmp_path / "site")
-    assert "kvcache-exercises = kvcache_lib.classroom.edition:main" in commands
-    assert "kvcache-grade = kvcache_lib.classroom.grading:main" in commands
-    code = """
-import sys
-sys.path.insert(0, 'site')
-sys.modules |= dict.fromkeys(['nbdev', 'execnb', 'fastcore', 'nbconvert', 'nbformat', 'jupyterlab', 'pytest'])  # not there
-from kvcache_lib.classroom.edition import main, kvcache_lib as k
-print(k.__file__)
-main(['new'])
-main(['--solve', '2', 'new'])
-"""
-    made = run("-c", code, cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.startswith(str(tmp_path / "site")) and (tmp_path / "new" / "04_gpt.ipynb").exists()

@@ -12,7 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hostile import ATTACKS, HOSTILE, LIES, SOLUTION
+from conftest import LONG
+from hostile import ATTACKS, HOSTILE, LIES, REPEATED, SOLUTION
 
 from kvcache_lib.classroom import grading
 from kvcache_lib.classroom.exercises import EXERCISES
@@ -27,6 +28,9 @@ STEMS = [exercise.notebook for exercise in EXERCISES]
 # Those that only the clock ends.
 SLOW = ("loops", "loops and ignores signals", "raises what never ends", "matches for ever", "a large power", "a hanging import",
         "cancels its clock")
+if not LONG:
+    ATTACKS, HOSTILE = ({name: source for name, source in kind.items() if name not in REPEATED} for kind in (ATTACKS, HOSTILE))
+    SLOW = tuple(name for name in SLOW if name in HOSTILE)
 SOON = (*SLOW, "fills its disk", "recurses in C")  # these may end of themselves, but take their time
 
 
@@ -112,7 +116,7 @@ class Patient(grading.Worker):
     "Short time for those that would use all of it, much for the others: machines are slow at times."
 
     def check(self, exercise, sources):
-        slow = any(HOSTILE[name] in sources.values() for name in SOON)
+        slow = any(HOSTILE.get(name) in sources.values() for name in SOON)
         self.limits = Limits(seconds=1.0 if slow else 120.0, memory=2**29)
         return super().check(exercise, sources)
 

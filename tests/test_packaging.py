@@ -167,6 +167,27 @@ def test_the_tests_in_the_sdist_can_run(built):
         here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.*") if p.suffix in kinds}
         here = {p for p in here if ".ipynb_checkpoints" not in p.parts}
         assert {p for p in here if not (unpacked / p).is_file()} == set(), "missing in the sdist"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_notebooks.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_prose.py", "tests/test_house.py"]
     ran = subprocess.run(command, cwd=unpacked, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+def test_the_wheel_alone_makes_an_edition(built, tmp_path):
+    "Unpacked, with nothing else of the project in reach: the notebooks are in it."
+    with zipfile.ZipFile(built[0]) as wheel:
+        commands = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
+        wheel.extractall(tmp_path / "site")
+    assert "kvcache-exercises = kvcache_lib.classroom.edition:main" in commands
+    assert "kvcache-grade = kvcache_lib.classroom.grading:main" in commands
+    code = """
+import sys
+sys.path.insert(0, 'site')
+sys.modules |= dict.fromkeys(['nbdev', 'execnb', 'fastcore', 'nbconvert', 'nbformat', 'jupyterlab', 'pytest'])  # not there
+from kvcache_lib.classroom.edition import main, kvcache_lib as k
+print(k.__file__)
+main(['new'])
+main(['--solve', '2', 'new'])
+"""
+    made = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith(str(tmp_path / "site")) and (tmp_path / "new" / "04_gpt.ipynb").exists()

@@ -18,6 +18,7 @@ import parallel_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import long
 
 from kvcache_lib.benchmark import main
 from kvcache_lib.checkpoint import layout, save
@@ -215,25 +216,26 @@ def test_what_cost_says_of_parts():
     assert [row["processes"] for row in rows] == [1, 2, 4, 8] and rows[0]["link"] == 0 < rows[1]["link"] < rows[3]["link"]
 
 
-def agent(node, port, *more):
-    "A torchrun of one of two machines, both this one."
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test",
+def agent(machines, port, *more):
+    "A torchrun of one of one or two machines, which are this one; two processes in all."
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(machines), "--nproc-per-node", str(2 // machines), "--rdzv-backend", "c10d", "--rdzv-id", "test",
                "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "-m", "kvcache_lib.parallel", "--tokens", "5", *more]  # fmt: skip
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(__file__).parents[1])
 
 
-def test_two_machines_by_torchrun():
-    "Two agents that meet at the loopback address, with one process each, write what one process writes."
+@pytest.mark.parametrize("machines", [1, pytest.param(2, marks=long)])
+def test_machines_by_torchrun(machines):
+    "One agent with two processes, or two that meet at the loopback address with one each, write what one process writes."
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    agents = [agent(node, port, "--check") for node in range(2)]
+    agents = [agent(machines, port, "--check") for _ in range(machines)]
     try:
         said = [a.communicate(timeout=100) for a in agents]
     finally:
         for a in agents:
             a.kill()
-    assert [a.returncode for a in agents] == [0, 0], said
+    assert not any(a.returncode for a in agents), said
     out, err = "".join(o for o, _ in said), "".join(e for _, e in said)
     assert out.startswith("The cache") and out.count("The cache") >= 1
     assert "2 processes, 5 tokens" in err and "one process alone writes the same" in err

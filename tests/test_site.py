@@ -1,4 +1,4 @@
-"""The site: what its pages hold, and how they behave in a browser. `make site-test` looks at all pages, `make test` at a few."""
+"""The site: what its pages hold, and how they behave in a browser. `make site-test` looks at all pages, `make test-long` at a few."""
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import LONG
 from lab import browser_page, needs_chromium
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,8 @@ def site(tmp_path_factory):
     "The folder of the built site: a part of it, unless there is a whole one."
     if WHOLE:
         return Path(WHOLE)
+    if not LONG:
+        pytest.skip("to build it takes a while: make site-test, or KVCACHE_LONG=1")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, str(ROOT / "docs/site/build.py"), "--only", "00", "03", "--out", str(out)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -200,7 +200,7 @@ class Fresh:
 
     def __init__(self, module):
         self.module = module
-        self.made = [(m, self._copy(vars(m))) for m in module.modules()]
+        self.made = [(m, self._copy(vars(m)), [k for k, z in vars(m).items() if isinstance(z, (dict, list, set))]) for m in module.modules()]
         self.classes = [
             (c, {k: self._kept(v) for k, v in vars(c).items() if not callable(v) and not k.startswith("__")})
             for c in dict.fromkeys(c for m in module.modules() for c in type(m).__mro__ if _is_learners(c))
@@ -219,9 +219,12 @@ class Fresh:
         return z.clone() if isinstance(z, Tensor) else z.copy() if isinstance(z, (dict, list, set)) else z
 
     def __call__(self):
-        for m, made in self.made:
-            vars(m).clear()
-            vars(m).update(self._copy(made))
+        for m, made, containers in self.made:
+            names = vars(m)
+            names.clear()
+            names.update(made)
+            for name in containers:
+                names[name] = made[name].copy()
         for p, weight in zip(self.module.parameters(), self.weights):
             if not torch.equal(p, weight):
                 p.data = weight.clone()
@@ -267,8 +270,29 @@ def counting(modules, seen=None):
 # %% ../../nbs/tools/checks/watching.ipynb #cell-17
 def multiply_adds(call) -> int:
     "The multiply-adds of `call()`, as PyTorch counts them; those until it raises, if it does."
-    from torch.utils.flop_counter import FlopCounterMode  # only here: it takes time to import
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry  # only here: it takes time to import
 
-    with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
+    total = 0
+
+    class Counter(TorchDispatchMode):
+        "What FlopCounterMode does. But that brings PyTorch's compiler along, which takes two seconds to import."
+
+        @classmethod
+        def _should_skip_dynamo(cls):
+            return "torch._dynamo" in sys.modules  # where it is there already, it must not compile this
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal total
+            kwargs = kwargs or {}
+            with self:
+                out = operation.decompose(*args, **kwargs)
+            if out is NotImplemented:
+                out = operation(*args, **kwargs)
+                count = flop_registry.get(operation._overloadpacket)
+                total += count(*args, **kwargs, out_val=out) if count else 0
+            return out
+
+    with contextlib.suppress(Exception), Counter():
         call()
-    return counter.get_total_flops() // 2
+    return total // 2

@@ -9,6 +9,7 @@ __all__ = ['CODES', 'SERVERS', 'Pace', 'off_by', 'fitted', 'Row', 'measured_rows
 # %% ../../nbs/tools/measure/pace.ipynb #cell-2
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +158,7 @@ class Replayed:
 
     def __init__(self, pace: Pace, config: GPTConfig, most: int, budget: int | None):
         self.pace, self.config, self.most, self.budget = pace, config, most, budget
+        self.cost = cache(lambda new, seq: step_cost(config, new, seq))  # most steps are like one before
         self.now = 0.0
         self.line: list[tuple[int, Arrival]] = []
         self.live: list[list[int]] = []  # number, prompt, tokens to write, cached, written
@@ -179,7 +181,7 @@ class Replayed:
             n = n if left is None else min(n, left)
             left = left if left is None else left - n
             if n:
-                steps.append(step_cost(self.config, n, cached + n))
+                steps.append(self.cost(n, cached + n))
                 text[3] += n
                 if text[3] == prompt + wrote:
                     text[4] += 1

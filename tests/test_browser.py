@@ -1,4 +1,7 @@
-"""The stepper in real JupyterLab, in Voila, and as an exported page, in real Chromium and Firefox."""
+"""In real browsers: the notebooks in JupyterLab, and the stepper there, in Voila and as an exported page.
+
+One Chromium shows all of it, and one JupyterLab serves all notebooks: to start them takes longer than most of the tests.
+"""
 
 import base64
 import contextlib
@@ -6,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,12 +21,15 @@ import torch
 from bidi import firefox_page, needs_firefox
 from conftest import long
 from lab import browser_page, free_port, jupyter_lab, needs_chromium, open_notebook, run_all, wait_until_up
+from nbconvert import HTMLExporter
 
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.mingpt import GPTConfig
 from kvcache_lib.stepper import TraceStepper, trace, trace_rows, traces
 from kvcache_lib.stepper.pictures import View, headline, reason, row_states, visible
 
+ROOT = Path(__file__).parents[1]
+NUMBERED = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 SHOTS = os.environ.get("KVCACHE_SHOTS")  # a folder; the tests leave screenshots there for you to look at
 
 MODEL = """
@@ -50,9 +57,9 @@ def recorded():
 
 
 def write_notebook(path, *sources):
-    "A notebook of these code cells, not run yet."
+    "A notebook of these cells, code where they are text, not run yet."
     kernel = dict(name="python3", display_name="Python 3", language="python")
-    cells = [nbformat.v4.new_markdown_cell("# A test")] + [nbformat.v4.new_code_cell(source) for source in sources]
+    cells = [nbformat.v4.new_markdown_cell("# A test")] + [nbformat.v4.new_code_cell(source) if isinstance(source, str) else source for source in sources]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
@@ -106,17 +113,70 @@ def serious(page):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "The notebook, open in JupyterLab and run."
+def server(tmp_path_factory):
+    "A page in a browser, with a JupyterLab at `page.url_of_lab` that serves copies of the notebooks from the folder `page.root`."
     root, scratch = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for path in ROOT.glob("benchmark_results.*"):
+        shutil.copy(path, root)
     write_notebook(root / "stepper.ipynb", MODEL, FILLER, STEPPER, WHERE, FILLER)
     with jupyter_lab(root, scratch) as url, browser_page() as page:
-        page.set_viewport_size(dict(width=1400, height=900))
-        open_notebook(page, url, "stepper.ipynb")
-        assert run_all(page) == []
-        page.locator(f"{HOST} .kvs").wait_for(timeout=60_000)
         page.root, page.url_of_lab = root, url
         yield page
+
+
+# --- the notebooks as a reader sees them
+
+
+@needs_chromium
+def test_every_formula_and_table_renders(server):
+    "All notebooks' text on one page, a cell each: to open them one by one takes a kernel each, and each cell an editor."
+    page, texts = server, []
+    for path in NUMBERED:
+        prose = [cell["source"] for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
+        texts.append(nbformat.v4.new_markdown_cell("\n\n".join(prose)))
+    write_notebook(page.root / "all.ipynb", *texts)
+    open_notebook(page, page.url_of_lab, "all.ipynb")
+    formulas = sum(path.read_text().count("$$") // 2 for path in NUMBERED)
+    page.wait_for_function(
+        f"document.querySelectorAll('.jp-MarkdownOutput mjx-container[display]').length >= {formulas}",
+        timeout=120_000,
+    )
+    assert page.locator("mjx-merror").all_inner_texts() == []
+    texts = page.locator(".jp-MarkdownOutput").all_inner_texts()
+    raw = [text for text in texts if "$" in text or "\\mathsf" in text or "|:--" in text]
+    assert not raw, f"not rendered: {raw}"
+    wide = page.evaluate(
+        """[...document.querySelectorAll('.jp-MarkdownOutput table')]
+            .filter(t => t.scrollWidth > t.parentElement.clientWidth).map(t => t.innerText)"""
+    )
+    assert not wide, f"wider than their cells: {wide}"
+    assert page.errors == []
+
+
+@long
+@needs_chromium
+def test_the_first_notebook_runs_from_the_top(server):
+    "As the stepper's does, below, and as its cells do without a browser."
+    page = server
+    open_notebook(page, page.url_of_lab, "nbs/00_named_tensors.ipynb")
+    assert run_all(page) == []
+    assert page.locator(".jp-OutputArea img").count() >= 5
+    assert page.errors == []
+
+
+# --- the stepper
+
+
+@pytest.fixture(scope="module")
+def lab(server):
+    "The stepper's notebook, open in JupyterLab and run."
+    page = server
+    page.set_viewport_size(dict(width=1400, height=900))
+    open_notebook(page, page.url_of_lab, "stepper.ipynb")
+    assert run_all(page) == []
+    page.locator(f"{HOST} .kvs").wait_for(timeout=60_000)
+    return page
 
 
 def run_cell(page, number):
@@ -263,6 +323,7 @@ def another_page(lab):
     page.close()
 
 
+@long
 @needs_chromium
 @pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="Voila is not installed: pip install voila")
 def test_voila(lab, recorded, tmp_path):
@@ -290,8 +351,8 @@ def exported(recorded, tmp_path_factory):
     stepper.close()
     cell = nbformat.v4.new_code_cell("stepper", outputs=[output], execution_count=1)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "stepper.ipynb")
-    command = [sys.executable, "-m", "nbconvert", "--to", "html", str(folder / "stepper.ipynb")]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    page, _ = HTMLExporter().from_filename(str(folder / "stepper.ipynb"))
+    (folder / "stepper.html").write_text(page, encoding="utf-8")
     return folder / "stepper.html"
 
 
