@@ -78,13 +78,13 @@ def ask(linear, rows=1):
     [
         (dict(plain=1.0, weights_first=0.8), "weights first"),
         (dict(plain=1.0, weights_first=0.8, other=0.6), "other"),
-        (dict(plain=1.0, weights_first=0.95), "plain"),  # by less than the margin
+        (dict(plain=1.0, weights_first=0.96), "plain"),  # by less than the margin
         (dict(plain=1.0, weights_first=1.5), "plain"),
         (dict(plain=1.0), "plain"),
         # it wins in the median, but not in two rounds of seven: n = 1 is the warm-up
         (dict(plain=1.0, weights_first=lambda n: 1.2 if n in (5, 7) else 0.5), "plain"),
         (dict(plain=1.0, weights_first=lambda n: 9.0 if n == 5 else 0.5), "weights first"),  # disturbed once
-        (dict(plain=lambda n: 9.0 if n == 5 else 1.0, weights_first=0.95), "plain"),
+        (dict(plain=lambda n: 9.0 if n == 5 else 1.0, weights_first=0.96), "plain"),
         # plain was disturbed in all rounds but one: its best tells
         (dict(plain=lambda n: 1.0 if n == 5 else 3.0, weights_first=1.0), "plain"),
         # it is slow only after another one: the first call of a turn is not timed
@@ -134,7 +134,7 @@ def test_small_products_are_timed_several_in_a_row(race, monkeypatch):
 def test_many_rows_are_probed_with_less_of_the_weights(race):
     calls = race(plain=1.0, other=0.5)
     ask(layer(size=(512, 3000)), rows=200)
-    assert {call[1:3] for call in calls[:-1]} == {((1, kernels.MANY, 512), (2048, 512))} and chosen() == ["other"]
+    assert {call[1:3] for call in calls[:-1]} == {((1, kernels.MANY, 512), (size, 512)) for size in (1024, 256)} and chosen() == ["other"]
 
 
 def test_a_loser_is_dropped_early(race):
@@ -150,7 +150,7 @@ def test_of_a_large_matrix_a_part_is_probed(race, monkeypatch):
     calls = race(plain=1.0, weights_first=0.5)
     linear = layer(bias=True, size=(512, 1100))
     ask(linear)
-    assert {call[2] for call in calls[:-1]} == {(256, 512)} and calls[-1][2] == (1100, 512)
+    assert {call[2] for call in calls[:-1]} == {(256, 512), (64, 512)} and calls[-1][2] == (1100, 512)
     first, last = linear.weight.data_ptr(), linear.weight.data_ptr() + linear.weight.nbytes
     assert all(first <= call[3] < last for call in calls)  # its own numbers: nothing is allocated
     assert kernels._memory == []
