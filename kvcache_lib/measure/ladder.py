@@ -137,6 +137,8 @@ def format_ladder(result: dict) -> str:
              "step beyond what it held before; error: the largest difference to GPT_kv's result"]  # fmt: skip
     if left_out(result):
         lines.append(f"left out, since this machine has nothing that can do it: {'; '.join(left_out(result))}")
+    if "ended_early" in result:
+        lines.append(f"not a whole run, it ended at {result['ended_early']}")
     if probe := result.get("probe"):
         lines.append(f"a fixed product of matrices beside each round: best {probe['best']:.2f} ms, median {probe['median']:.2f} "
                      f"[{probe['q1']:.2f}–{probe['q3']:.2f}]; rounds that were disturbed: {probe['disturbed']} of {probe['runs'] - 5}")  # fmt: skip
