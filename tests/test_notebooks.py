@@ -34,6 +34,13 @@ def test_committed_outputs(path):
 
 
 @by_number
+def test_no_output_links_to_a_notebook(path):
+    "The site makes pages of the links in the text; in an output such a link would lead nowhere there."
+    written = ["".join(o.get("data", {}).get("text/markdown", "")) for c in cells(path, "code") for o in c["outputs"]]
+    assert not [link for z in written for link in re.findall(r"\]\([^)]*\.ipynb[^)]*\)", z)]
+
+
+@by_number
 def test_a_cell_that_draws_shows_its_picture(path):
     for cell in cells(path, "code"):
         if re.search(r"^fig\b.* = figure\(", "".join(cell["source"]), re.M):
