@@ -17,6 +17,7 @@ from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.measure import subjects, timing
 from kvcache_lib.mingpt import GPT
 
+ROOT = Path(__file__).parents[1]
 QUICK = ["--device", "cpu", "--models", "gpt-nano", "--contexts", "2", "16", "--seconds", "0.01"]
 
 
@@ -115,9 +116,6 @@ def test_no_times_are_an_error_that_says_so():
         timing.interleaved()
     with pytest.raises(ValueError, match="got 1 and 0"):
         timing.interleaved(lambda: None, min_rounds=0)
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("folder", [ROOT, *sorted((ROOT / "gpu_results").iterdir())], ids=lambda folder: folder.name)

@@ -223,6 +223,11 @@ def test_a_run_that_breaks_shows_what_it_has_and_leaves_whole_files_alone(tmp_pa
     assert "decode, one step at context T, T = 16" in said.out and said.out.count("\nGPT_kv ") == 1 and said.out.endswith("written: nothing\n")
     assert "gpt-nano, decode, batch 8, T = 16: CUDA error: out of memory" in said.err and "explanation" not in said.err
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("l.txt", "of a whole run")]
+    monkeypatch.setattr(ladder, "decode_steps", real)
+    build = ladder.Contestants
+    monkeypatch.setattr(ladder, "Contestants", lambda name, *args, **more: build(name, *args, **more) if name == "gpt-nano" else breaks(build, 0, 0))
+    prepared[:] = [0]
+    assert ladder.measure_ladder(("gpt-nano", "gpt-micro"), (16,), "cpu", 0.01, batches=(1,))["ended_early"] == "gpt-micro: CUDA error: out of memory"
     monkeypatch.setattr(ladder, "decode_steps", lambda *args, **kwargs: 1 / 0)  # a mistake of ours is none of the machine's
     with pytest.raises(ZeroDivisionError):
         ladder.measure_ladder(("gpt-nano",), (16,), "cpu", 0.01)

@@ -30,7 +30,7 @@ def arguments(argv, models, contexts, ladder_models=()) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="One step of generation, with a KV cache and without.")
     add = parser.add_argument
     add("--ladder", action="store_true",
-        help="measure the fast GPT of notebook 09 beside transformers, CTranslate2 and a floor; about twenty minutes, 8 GB")
+        help="measure the fast GPT of notebook 09 beside transformers, CTranslate2 and a floor; twenty minutes to an hour, 8 GB")
     add("--compiled", action="store_true", help="with --ladder: also with torch.compile")
     add("--serve", action="store_true",
         help="serve many requests at once, as in notebook 17, beside transformers; about ten minutes, 4 GB")

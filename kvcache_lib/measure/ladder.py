@@ -10,6 +10,7 @@ __all__ = ['BATCHES', 'AT_ONCE', 'NO_CACHE', 'NEW_TOKENS', 'ROUNDS', 'TITLES', '
 import json
 import random
 import sys
+from contextlib import closing
 from importlib.metadata import version
 
 import torch
@@ -87,31 +88,29 @@ def measure_ladder(
     jobs = [job for job in jobs if job[0] == "decode" or job[1] * job[2] <= AT_ONCE]
     jobs += [("generate", B, NEW_TOKENS) for B in batches]
     where = ""
-    with progress_bar(total=len(models) * len(jobs), unit="group") as bar:
-        for model_type in models:
-            contestants = Contestants(model_type, device, compiled, apart=True)
-            try:
-                for kind, B, T in jobs:
-                    where = f"{model_type}, {kind}, batch {B}, T = {T}"
-                    bar.set_description(where)
-                    if kind == "decode":
-                        compile = (compiled or device == "cuda") and B == batches[0] and T in (contexts[0], contexts[-1])
-                        steps = decode_steps(contestants, B, T, no_cache=B * T <= NO_CACHE, compile=compile)
-                    else:
-                        steps = (prefill_steps if kind == "prefill" else generations)(contestants, B, T)
-                    before = probe.disturbed
-                    rows = group(steps, seconds, device, order, probe)
-                    result["groups"].append(
-                        {"model_type": model_type, "kind": kind, "batch": B, "T": T, "disturbed": probe.disturbed - before, "rows": rows}
-                    )
-                    bar.update()
-            except RuntimeError as e:
-                if not result["groups"]:
-                    raise
-                result["ended_early"] = f"{where}: {str(e).splitlines()[0]}"
-                break
-            finally:
-                contestants.close()
+    try:
+        with progress_bar(total=len(models) * len(jobs), unit="group") as bar:
+            for model_type in models:
+                where = model_type
+                with closing(Contestants(model_type, device, compiled, apart=True)) as contestants:
+                    for kind, B, T in jobs:
+                        where = f"{model_type}, {kind}, batch {B}, T = {T}"
+                        bar.set_description(where)
+                        if kind == "decode":
+                            compile = (compiled or device == "cuda") and B == batches[0] and T in (contexts[0], contexts[-1])
+                            steps = decode_steps(contestants, B, T, no_cache=B * T <= NO_CACHE, compile=compile)
+                        else:
+                            steps = (prefill_steps if kind == "prefill" else generations)(contestants, B, T)
+                        before = probe.disturbed
+                        rows = group(steps, seconds, device, order, probe)
+                        result["groups"].append(
+                            {"model_type": model_type, "kind": kind, "batch": B, "T": T, "disturbed": probe.disturbed - before, "rows": rows}
+                        )
+                        bar.update()
+    except RuntimeError as e:
+        if not result["groups"]:
+            raise
+        result["ended_early"] = f"{where}: {str(e).splitlines()[0]}"
     result["probe"] = {**quartiles(probe.times), "best": min(probe.times), "disturbed": probe.disturbed}
     return result
 

@@ -39,7 +39,7 @@ def interleaved(
     if not steps or min_rounds < 1:
         raise ValueError(f"expected functions and min_rounds ≥ 1, got {len(steps)} and {min_rounds}")
     if os.environ.get("KVCACHE_QUICK") and steady is None:
-        return [first + second for first, second in zip(*([_once(step) for step in steps] for _ in range(2)))]
+        return [first + second for first, second in zip(*([_times(step) for step in steps] for _ in range(2)))]
     threads = torch.get_num_threads()
     timers = [Timer("step()", globals={"step": step}, num_threads=threads) for step in steps]
     for step in steps:
@@ -59,18 +59,14 @@ def interleaved(
     return times
 
 
-def _once(step) -> list:
+def _times(step, timer: Timer | None = None) -> list:
+    "The milliseconds of some runs in a row, after one that estimates how many fit and is not counted; of one without a timer."
     if hasattr(step, "times"):
         return step.times()
-    start = time.perf_counter()
-    step()
-    return [1e3 * (time.perf_counter() - start)]
-
-
-def _times(step, timer: Timer) -> list:
-    "The milliseconds of some runs in a row, after one that estimates how many fit and is not counted."
-    if hasattr(step, "times"):
-        return step.times()
+    if timer is None:
+        start = time.perf_counter()
+        step()
+        return [1e3 * (time.perf_counter() - start)]
     return [1e3 * t for t in timer.blocked_autorange(min_run_time=TURN).times]
 
 
