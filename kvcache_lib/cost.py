@@ -123,7 +123,7 @@ def step_cost(
     score_passes: int = 0,
     all_logits: bool = False,
     rounding: Rounding | None = None,
-    int8_weights: bool = False,
+    weights: str | None = None,
 ) -> StepCost:
     """What it costs to encode the `new` last tokens of texts of `seq` tokens each.
 
@@ -131,7 +131,8 @@ def step_cost(
     Decode: new = 1. Prefill, or no cache: new = seq. The last new token predicts, or all do: `all_logits`.
     cache_passes: how often keys and values are read or written after they are made: 1, or 3 with torch.cat.
     score_passes: the same for the scores: 0 in a fused attention, 8 in GPT's, 2 in named.layer_cost's count.
-    rounding: of a quantised cache, see `quantized`.  int8_weights: a byte for each weight, and 4 for the scale of each output.
+    rounding: of a quantised cache, see `quantized`.
+    weights: "int8" is a byte for each, and 4 for the scale of each output; "float16" is two.
     With a window, several new tokens are computed against all that is held and each other, then masked.
     Raises ValueError or TypeError for a configuration or a number that makes no sense.
     """
@@ -143,20 +144,22 @@ def step_cost(
         ("score_passes", score_passes, 0),
     ):
         check_whole(name, value, least)
+    if weights not in (None, "int8", "float16"):
+        raise ValueError(f"expected the numbers of the weights to be None, 'int8' or 'float16', got {weights!r}")
     if new > seq:
         raise ValueError(f"expected new ≤ seq, got new={new} and seq={seq}")
     heads, linear = c.cache_sizes(), c.linear_sizes()
     queries = c.n_head * heads.head_size  # of each token, and as many numbers that attention makes of them
     held = seq if heads.window is None else heads.sinks + heads.window
     seen = min(seq, held) if new == 1 else min(seq - new, held) + new
-    weights = sum(n_in * n_out for n_in, n_out in linear)
-    all_weights, outputs = c.n_layer * weights + c.n_embd * c.vocab_size, c.n_layer * sum(out for _, out in linear) + c.vocab_size
+    per_layer = sum(n_in * n_out for n_in, n_out in linear)
+    all_weights, outputs = c.n_layer * per_layer + c.n_embd * c.vocab_size, c.n_layer * sum(out for _, out in linear) + c.vocab_size
     predictions = batch * (new if all_logits else 1) if c.vocab_size else 0
     return StepCost(
-        linear_macs=batch * c.n_layer * new * weights,
+        linear_macs=batch * c.n_layer * new * per_layer,
         attention_macs=batch * c.n_layer * 2 * queries * seen * new,
         logits_macs=predictions * c.n_embd * c.vocab_size,
-        weight_bytes=all_weights + 4 * outputs if int8_weights else itemsize * all_weights,
+        weight_bytes={None: itemsize * all_weights, "int8": all_weights + 4 * outputs, "float16": 2 * all_weights}[weights],
         cache_bytes=cache_passes * cache,
         score_bytes=score_passes * itemsize * batch * c.n_layer * c.n_head * seen * new,
         activation_bytes=itemsize

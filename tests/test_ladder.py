@@ -33,11 +33,11 @@ def lean(monkeypatch):
 
 @pytest.fixture(scope="module")
 def models():
-    "The contestants in float64, without the one in bfloat16."
+    "The contestants in float64, without those in fewer bits."
     models = contestants.Contestants("gpt-nano")
     for model in filter(None, (models.plain, models.kv, models.fast, models.peer)):
         model.double()
-    models.half = models.int8 = None
+    models.half = models.float16 = models.int8 = None
     return models
 
 

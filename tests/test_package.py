@@ -11,7 +11,7 @@ import pytest
 MODELS = [
     "files", "measure", "measure.machines", "measure.command", "named", "config", "arguments", "trainer", "folders", "weights", "mingpt", "attention", "block", "prompts", "gpt", "sort",
     "measure.timing", "measure.reading", "measure.subjects", "benchmark", "rounding", "cost", "buffer", "kernels", "direct", "ragged", "fast", "corpus", "text", "kept",
-    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines", "int8", "quantized", "speculative", "peers", "processes", "longtext", "cut", "parallel", "hardware", "planner",
+    "rotary", "llama", "formats", "checkpoint", "paged", "prefix", "request", "scheduler", "engines", "int8", "float16", "quantized", "speculative", "peers", "processes", "longtext", "cut", "parallel", "hardware", "planner",
     "measure.profiling", "measure.apart", "measure.static", "measure.contestants", "measure.drawing", "measure.rungs", "measure.ladder", "measure.program",
 ]  # fmt: skip
 SCRIPT = """

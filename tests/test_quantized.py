@@ -231,7 +231,7 @@ def test_bytes_are_those_that_cost_predicts():
                     assert buffer.held_bytes <= buffer.nbytes
     small = room.quantized(model_of(GPT_fast), "int8")
     held = sum(m.nbytes for m in small.modules() if isinstance(m, Int8Linear))
-    assert held == step_cost(small.config, 1, 5, itemsize=8, int8_weights=True).weight_bytes
+    assert held == step_cost(small.config, 1, 5, itemsize=8, weights="int8").weight_bytes
     cost = step_cost(small.config, 1, 40, rounding=ROUNDINGS[0])
     assert cost.cache_bytes == cache_bytes(small.config, 40, rounding=ROUNDINGS[0])
     assert row_bytes(8, 32) == 40 and row_bytes(4, 32) == 20
@@ -432,7 +432,9 @@ def test_what_makes_no_sense_is_refused():
     for more, error, words in (
         (dict(cache="int3"), ValueError, "expected the numbers of the cache to be None, 'int8' or 'int4', got 'int3'"),
         (dict(cache=8), ValueError, "got 8"),
-        (dict(weights="int4"), ValueError, "expected the numbers of the weights to be None or 'int8', got 'int4'"),
+        (dict(weights="int4"), ValueError, "expected the numbers of the weights to be None, 'int8' or 'float16', got 'int4'"),
+        (dict(weights=8), ValueError, "'float16', got 8"),
+        (dict(weights=["int8"]), ValueError, "got .'int8'"),
         (dict(cache="int8", value_group=3), ValueError, "value_group must divide the head size, 8, got 3"),
         (dict(cache="int4", value_group=1), ValueError, "expected an even value_group, got 1"),
         (dict(cache="int4", group=5), ValueError, "expected an even group, got 5"),
@@ -497,7 +499,7 @@ MUTATIONS = [
     ("a group's rows lie one further", "self.keys[:, :, first // r.group] = channels", "self.keys[:, :, (first // r.group + 1) % self.keys.size(2)] = channels"),
     ("what is rounded is not read back", "K[:, :, group], V[:, :, group] = self._dequantized(old, old + r.group)", "pass"),
     ("values are not rounded for the chunk", "K[:, :, group], V[:, :, group] = self._dequantized(old, old + r.group)", "K[:, :, group] = self._dequantized(old, old + r.group)[0]"),
-    ("rounded before its own token attends", "Q, fits = r.rounded(P), end - first <= self.full.size(3)\n", "Q, fits = r.rounded(P), end - first <= self.full.size(3)\n        if end == P + 1 and r.rounded(end) > Q and attention is not None: return self._early(k, v, attention, queries, dim)\n"),
+    ("rounded before its own token attends", "Q, fits = r.rounded(P), end - first <= b.data.size(4)\n", "Q, fits = r.rounded(P), end - first <= b.data.size(4)\n        if end == P + 1 and r.rounded(end) > Q and attention is not None: return self._early(k, v, attention, queries, dim)\n"),
     ("a decode step does not round", "            if r.rounded(end) > Q:\n                self._round", "            if False:\n                self._round"),
     ("the tail is that of the start", "K[:, :, last:], V[:, :, last:]", "K[:, :, : self.end - last], V[:, :, : self.end - last]"),
     ("the full rows do not move up", "elif first > self.first:", "elif False:"),
