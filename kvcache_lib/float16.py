@@ -71,7 +71,8 @@ class Float16Linear(nn.Module):
                 return self.forward(x)
         if self.pack is not None and x.dtype == torch.float32 and x.is_cpu and x.dim() > 1 and not torch.compiler.is_compiling():
             return _product(x, self.pack)  # type: ignore[misc]
-        return F.linear(x, self.weights().to(x.device, x.dtype), self.bias)
+        y = F.linear(x, self.weights().to(x.device, x.dtype))
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

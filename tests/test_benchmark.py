@@ -94,15 +94,52 @@ def test_sides_take_turns():
 def test_where_times_are_not_read_each_is_run_twice(monkeypatch):
     monkeypatch.setenv("KVCACHE_QUICK", "1")
     ran = []
-
-    class Elsewhere:
-        def times(self):
-            return [3.0]
-
-    here, there = timing.interleaved(lambda: ran.append(1), Elsewhere(), seconds=60, min_rounds=9)
+    here, there = timing.interleaved(lambda: ran.append(1), Elsewhere([]), seconds=60, min_rounds=9)
     assert len(ran) == len(here) == 2 and all(0 <= t < 1000 for t in here) and there == [3.0, 3.0]
     with pytest.raises(ValueError, match="min_rounds ≥ 1"):
         timing.interleaved()
+
+
+def test_what_takes_long_is_its_own_turn_and_short_runs_come_in_numbers(monkeypatch):
+    now, ran = [0.0], {"long": 0, "short": 0}
+    monkeypatch.setattr(timing, "clock", lambda: now[0])
+
+    class Many:
+        times = [0.001, 0.002]
+
+        def __init__(self, *args, **kwargs): ...
+
+        def blocked_autorange(self, min_run_time):
+            return self
+
+    monkeypatch.setattr(timing, "Timer", Many)
+
+    def step(name, seconds):
+        ran[name] += 1
+        now[0] += seconds
+
+    long, short = timing.interleaved(lambda: step("long", timing.LONG), lambda: step("short", timing.LONG / 2), seconds=0, min_rounds=3)
+    assert long == [250.0] * 3 and short == [1.0, 2.0] * 3 and ran == {"long": 4, "short": 4}  # one warms up
+
+
+def test_disturbed_rounds_are_taken_again_for_a_minute_at_most(monkeypatch):
+    for patience, rounds in ((60, 6), (0, 3)):
+        monkeypatch.setattr(timing, "PATIENCE", patience)
+        ran = []
+        assert len(timing.interleaved(Elsewhere(ran), seconds=0, min_rounds=3, steady=lambda: False)[0]) == 3 and len(ran) == rounds
+
+
+class Elsewhere:
+    "A contestant in another process."
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __call__(self): ...
+
+    def times(self):
+        self.ran.append(1)
+        return [3.0]
 
 
 def test_median_and_quartiles():

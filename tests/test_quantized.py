@@ -9,11 +9,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from kvcache_lib import int8, quantized as room, rounding
+from kvcache_lib import float16, int8, quantized as room, rounding
 from kvcache_lib.cost import cache_bytes, step_cost
 from kvcache_lib.fast import GPT_fast, KVBuffer
+from kvcache_lib.float16 import Float16Linear
 from kvcache_lib.gpt import GPT_kv
 from kvcache_lib.int8 import Int8Linear
 from kvcache_lib.llama import Llama, LlamaConfig
@@ -232,6 +234,11 @@ def test_bytes_are_those_that_cost_predicts():
     small = room.quantized(model_of(GPT_fast), "int8")
     held = sum(m.nbytes for m in small.modules() if isinstance(m, Int8Linear))
     assert held == step_cost(small.config, 1, 5, itemsize=8, weights="int8").weight_bytes
+    small = room.quantized(model_of(GPT_fast), "float16")
+    held = sum(m.nbytes for m in small.modules() if isinstance(m, Float16Linear))
+    assert held == step_cost(small.config, 1, 5, itemsize=8, weights="float16").weight_bytes == 2 * sum(m.weights().numel() for m in small.modules() if isinstance(m, Float16Linear))
+    with pytest.raises(ValueError, match="'int8' or 'float16', got 'int4'"):
+        step_cost(small.config, 1, 5, weights="int4")
     cost = step_cost(small.config, 1, 40, rounding=ROUNDINGS[0])
     assert cost.cache_bytes == cache_bytes(small.config, 40, rounding=ROUNDINGS[0])
     assert row_bytes(8, 32) == 40 and row_bytes(4, 32) == 20
@@ -411,6 +418,55 @@ def test_the_largest_numbers_are_added_up_whole():
     nn.init.constant_(layer.weight, 0.5)
     for rows in (1, 3, 100):
         torch.testing.assert_close(Int8Linear(layer)(torch.ones(rows, 768)), torch.full((rows, 3), 384.0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("missing", [False, True], ids=["packed", "not packed"])
+def test_weights_of_16_bits_are_all_that_is_rounded(monkeypatch, bias, missing):
+    if missing:
+        monkeypatch.setattr(float16, "_product", None)
+        float16.has_packed16.cache_clear()
+    layer, x = nn.Linear(96, 40, bias=bias), torch.randn(2, 3, 96)
+    with torch.no_grad():
+        layer.weight[3] *= 1e3
+        layer.weight[4] = 3e-8  # below float16's normal numbers
+    small = Float16Linear(layer)
+    float16.has_packed16.cache_clear()
+    assert (small.pack is None) or not missing
+    want = F.linear(x.double(), layer.weight.half().double(), None if layer.bias is None else layer.bias.double()).detach()
+    rows = torch.cat([small(row[None]) for row in x.flatten(0, 1)]).view_as(want)
+    for got in (small(x), rows, copy.deepcopy(small)(x), small(x.flatten(0, 1)).view_as(want), torch.stack([small(z) for z in x.flatten(0, 1)]).view_as(want)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(x.double()), want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(small.weights(), layer.weight.detach().half()) and small(x[:0]).shape == (0, 3, 40) and not small(x).requires_grad
+    half = Float16Linear(copy.deepcopy(layer).bfloat16())
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(half(x.bfloat16()).double(), want, rtol=0.05, atol=0.5)
+
+
+def test_weights_that_float16_does_not_hold_are_refused():
+    layer = nn.Linear(8, 8)
+    with torch.no_grad():
+        layer.weight[2, 3] = -7e4
+    with pytest.raises(ValueError, match="expected weights that float16 holds, up to 65,504, got one of 7e.04"):
+        Float16Linear(layer)
+
+
+@pytest.mark.parametrize("kind", [GPT_fast, Llama], ids=lambda kind: kind.__name__)
+def test_a_model_with_weights_of_16_bits_is_the_model_with_those_weights(kind):
+    plain = copy.deepcopy(model_of(kind)).float()
+    small = room.quantized(plain, "float16")
+    with torch.no_grad():
+        for layer in plain.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.half().float())  # a new one: a tied embedding stays
+    idx = tokens(20)
+    for first in (20, 7):
+        buffer = small.new_buffer(2)
+        logits = [small.step(idx[:, :end], buffer)[0] for end in sorted({first, 20})]
+        torch.testing.assert_close(torch.cat(logits, 1), plain.step(idx, plain.new_buffer(2))[0], rtol=1e-4, atol=1e-4)
+    both = room.quantized(plain, "float16", "int8", group=4)
+    assert both.generate_kv(idx, 9).shape == (2, 29)
 
 
 def test_cutting_changes_nothing_with_rounded_weights_too():
