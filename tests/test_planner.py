@@ -87,7 +87,8 @@ def test_more_of_anything_is_no_worse():
 def test_measured_decode_rows_are_within_a_factor_of_1_5():
     found = [p for p in pace.predictions(pace.measured_rows(*results())) if p.row.ms > 1]
     assert len(found) > 150  # all codes, both models, both batches
-    assert {p.row.code for p in found} | {"GPT_fast, compiled"} == set(pace.CODES)  # which is there if the run was asked to compile
+    some = {"GPT_fast, compiled", "GPT_fast, bfloat16"}  # there if the run was asked to compile, and if the processor computes in it
+    assert {p.row.code for p in found} | some == set(pace.CODES)
     for some in (found, [p for p in found if not p.probe]):
         assert sum(p.factor <= 1.5 for p in some) >= 0.9 * len(some)
 
@@ -130,7 +131,7 @@ def test_measured_servers_are_near():
     rows = [row for row in pace.measured_rows(*results()) if (row.source, row.code) == ("ladder", "GPT_fast") and row.kind != "generate"]
     found = pace.served(json.loads((ROOT / "serve_results.json").read_text()), pace.fitted([(*row.costs()[0], row.ms) for row in rows]))
     large = [row["factor"] for row in found if row["model"] == "gpt2"]  # a small model's steps are mostly calls, which are not known; of a batch's calls only one text's are
-    assert len(found) == 8 and len(large) == 4 and max(large) <= 2 and all(row["predicted"] > 0 for row in found)
+    assert len(found) == 8 and len(large) == 4 and max(large) <= 1.75 and all(row["predicted"] > 0 for row in found)
 
 
 @pytest.mark.parametrize("settings", [
