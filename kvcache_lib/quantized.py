@@ -393,8 +393,8 @@ def quantized(
         if not is_plain(layer, nn.Linear):
             raise ValueError(f"expected plain linear layers, but {name} is a {type(layer).__name__} that may do more")
     other = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    small: Any = LINEARS.get(weights or "")
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(other.get_submodule(parent), child, LINEARS[weights](layer))
+        other.set_submodule(name, small(layer))
     other.__class__, other.rounding = _class_of(type(model)), rounding
     return other

@@ -180,16 +180,16 @@ def test_rounded_caches_hold_what_the_cpu_holds(cache):
             P = t
 
 
+@pytest.mark.parametrize("weights", ["int8", "float16"])
 @torch.no_grad()
-def test_rounded_weights():
+def test_rounded_weights(weights):
     model, moved = both("GPT_fast")
     idx = tokens(2, 30)
-    ours, theirs = quantized(moved, weights="int8"), quantized(model, weights="int8")
+    ours, theirs = quantized(moved, weights=weights), quantized(model, weights=weights)
     torch.testing.assert_close(ours(idx.to(DEVICE))[0].cpu(), theirs(idx)[0], rtol=1e-6, atol=1e-6)
 
 
 def test_it_learns_there():
-
     data = SortDataset("train", length=4, num_digits=3)
     config = GPTConfig(model_type="gpt-nano", vocab_size=data.get_vocab_size(), block_size=data.get_block_size())
     model, losses = GPT(config), []
