@@ -350,6 +350,15 @@ def test_the_int8_step_that_is_timed_rounds_no_group():
     assert rounding.rounded(2048) > rounding.rounded(64) == rounding.rounded(63) == 0
 
 
+@pytest.mark.parametrize("capability, there", [("AVX2", False), ("AVX512", True)])
+def test_bfloat16_takes_part_where_a_processor_computes_in_it(monkeypatch, capability, there):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(contestants, "missing_peer", lambda: "not asked")
+    names = contestants.Contestants("gpt-nano").fasts()
+    assert ("GPT_fast, bfloat16" in names) == there and contestants.has_bfloat16("cuda")
+    assert {"GPT_fast", "GPT_fast, float16 weights", "GPT_fast, int8"} <= set(names)
+
+
 # Rounds
 
 
