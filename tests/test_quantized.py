@@ -392,7 +392,7 @@ def test_the_model_it_is_made_of_stays_as_it_was():
 # --- weights ---
 
 
-def test_a_product_of_whole_numbers_is_the_same_bits_however_it_is_made():
+def test_a_product_of_whole_numbers_is_the_same_however_it_is_made():
     layer = nn.Linear(96, 40)
     with torch.no_grad():
         layer.weight[3] *= 50
