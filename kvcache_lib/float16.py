@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .int8 import fbgemm
+from .int8 import PackedLinear, fbgemm
 
 # %% ../nbs/tools/float16.ipynb #cell-3
 _product = getattr(torch.ops.quantized, "linear_dynamic_fp16", None)
@@ -37,23 +37,19 @@ def has_packed16() -> bool:
     return torch.allclose(y.double(), F.linear(x.double(), w.half().double(), bias.double()), rtol=1e-5, atol=1e-5)
 
 # %% ../nbs/tools/float16.ipynb #cell-4
-class Float16Linear(nn.Module):
-    """nn.Linear with weights in float16: (…, in) → (…, out), summed in x's dtype. It takes no part in gradients.
+class Float16Linear(PackedLinear):
+    """nn.Linear with weights in float16: (…, in) → (…, out), summed in x's dtype. See PackedLinear.
 
-    layer: the nn.Linear that is rounded; it is not changed, and the bias stays its own.
-    What is held is the packed form alone where there is one, with the bias as it is now. So `state_dict` does not save it: save the layer.
     Raises ValueError for weights that float16 does not hold.
     """
 
     def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.out_features, self.in_features, self.bias = layer.out_features, layer.in_features, layer.bias
+        super().__init__(layer)
         w = layer.weight.detach().to(torch.float16)
         if not w.isfinite().all():
             most = layer.weight.detach().abs().max().item()
             raise ValueError(f"expected weights that float16 holds, up to {torch.finfo(torch.float16).max:,.0f}, got one of {most:,.3g}")
-        bias = None if self.bias is None else self.bias.detach().float()
-        self.pack = packed16(w.float(), bias) if w.device.type == "cpu" and has_packed16() else None
+        self.pack = packed16(w.float(), self.bias_to_pack()) if w.device.type == "cpu" and has_packed16() else None
         self.register_buffer("unpacked", w if self.pack is None else None, persistent=False)
 
     @property
@@ -65,14 +61,8 @@ class Float16Linear(nn.Module):
         "(out, in), float16."
         return self.unpacked if self.pack is None else torch.ops.quantized.linear_unpack_fp16(self.pack)[0].half()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.forward(x)
-        if self.pack is not None and x.dtype == torch.float32 and x.is_cpu and x.dim() > 1 and not torch.compiler.is_compiling():
+    def product(self, x: Tensor) -> Tensor:
+        if x.dim() > 1 and self.packs(x):
             return _product(x, self.pack)  # type: ignore[misc]
         y = F.linear(x, self.weights().to(x.device, x.dtype))
         return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

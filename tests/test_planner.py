@@ -87,8 +87,8 @@ def test_more_of_anything_is_no_worse():
 def test_measured_decode_rows_are_within_a_factor_of_1_5():
     found = [p for p in pace.predictions(pace.measured_rows(*results())) if p.row.ms > 1]
     assert len(found) > 150  # all codes, both models, both batches
-    some = {"GPT_fast, compiled", "GPT_fast, bfloat16"}  # there if the run was asked to compile, and if the processor computes in it
-    assert {p.row.code for p in found} | some == set(pace.CODES)
+    sometimes = {"GPT_fast, compiled", "GPT_fast, bfloat16"}  # there if the run was asked to compile, and if the processor computes in it
+    assert {p.row.code for p in found} | sometimes == set(pace.CODES)
     for some in (found, [p for p in found if not p.probe]):
         assert sum(p.factor <= 1.5 for p in some) >= 0.9 * len(some)
 
